@@ -1,0 +1,76 @@
+// What the vectorised kernels offer, one table per instruction set; the drivers (value_loss.cpp, gae.cpp) pick one at run time.
+// A driver deals in chunks (units of work, fixed by the shape alone), a kernel in tiles of at most kTile tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "../gae.h"
+#include "../math/affine.h"
+#include "../math/platform.h"
+#include "../value_loss.h"
+
+namespace fused_critic::cpu {
+
+// Tokens in a tile: the scratch of a kernel (up to seven tiles) stays in the first-level cache, and a lane sums at most kTile / 8 terms
+// in the accumulation type before the sum moves to double.
+constexpr int64_t kTile = 512;
+
+// Tokens in a chunk: large enough to hide the start of a parallel region, small enough to balance.
+constexpr int64_t kChunk = 16384;
+
+// Rectangle of tokens in terms of operand strides: lines run over one of (sequence, time), positions within a line over the other.
+struct TileSpec {
+  int64_t lines, length;       // lines * length <= kTile
+  int64_t first_seq, first_t;  // of its first token; operands without sequence stride (packed): first_seq = 0 and first_t counts from the start
+  bool time_major;             // lines run over time, positions over sequences
+};
+
+template <typename T>
+struct LossKernels {
+  // Adds the tile's moments (all but kSequences). token_loss, if not null, receives w l per token and token_weight the weights.
+  void (*forward)(const ValueLossParams& p, const TileSpec& tile, T low, T high, double* moments, T* token_loss, T* token_weight);
+  // seq_factor: one factor per token of the tile, or null. scale: of the whole call.
+  void (*backward)(const ValueLossBackwardParams& p, const TileSpec& tile, T low, T high, double scale, const T* seq_factor);
+  void (*store_tokens)(const T* tokens, const Output& y, const TileSpec& tile);
+};
+
+enum class ScanMode { kEmit, kEmitAndAggregate, kAggregate };
+
+template <typename T>
+struct GaeKernels {
+  // Tokens [begin, end) of one sequence (operands start at element `seq`), from the last to the first. Takes the carry that enters and returns
+  // the one that leaves. Aggregating modes also leave the composed map of the range in *total; kAggregate writes nothing else.
+  T (*rows)(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T lam, T carry, ScanMode mode, Affine<T>* total);
+  // One element of an operand.
+  T (*element)(const Operand& x, int64_t index);
+  // All time steps of the sequences [first, first + count), count <= kTile, in lock-step.
+  void (*columns)(const GaeParams& p, int64_t first, int64_t count, T gamma, T lam);
+  // Adjoint of one sequence of `length` tokens, from the first to the last.
+  void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T lam);
+};
+
+struct Kernels {
+  const char* name;
+  LossKernels<float> loss_f32;
+  LossKernels<double> loss_f64;
+  GaeKernels<float> gae_f32;
+  GaeKernels<double> gae_f64;
+};
+
+extern const Kernels kDefaultKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The table for this CPU: what torch itself chose (ATEN_CPU_CAPABILITY overrides both). Defined in capability.cpp.
+const Kernels& kernels();
+
+template <typename T> const LossKernels<T>& loss_kernels();
+template <> inline const LossKernels<float>& loss_kernels<float>() { return kernels().loss_f32; }
+template <> inline const LossKernels<double>& loss_kernels<double>() { return kernels().loss_f64; }
+template <typename T> const GaeKernels<T>& gae_kernels();
+template <> inline const GaeKernels<float>& gae_kernels<float>() { return kernels().gae_f32; }
+template <> inline const GaeKernels<double>& gae_kernels<double>() { return kernels().gae_f64; }
+
+}  // namespace fused_critic::cpu

@@ -1,0 +1,120 @@
+// Eight-lane vectors of float or double on the compiler's vector extension (GCC, Clang).
+// Included once per instruction set, inside FUSED_CRITIC_CPU_NAMESPACE. The number of lanes is the same everywhere and every
+// operation is elementwise (the build forbids contraction to fused multiply-add), so all instruction sets give the same bits.
+// No include guard on purpose: capability_*.cpp each define their namespace first.
+
+namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE {
+
+constexpr int kLanes = 8;
+
+template <typename T> struct SameSizeInt;
+template <> struct SameSizeInt<float> { using type = int32_t; };
+template <> struct SameSizeInt<double> { using type = int64_t; };
+
+// kLanes elements as kParts registers of FUSED_CRITIC_VECTOR_BYTES.
+template <typename T>
+struct Vec {
+  static constexpr int kPartLanes = FUSED_CRITIC_VECTOR_BYTES / sizeof(T);
+  static constexpr int kParts = kLanes / kPartLanes;
+  static_assert(kParts >= 1 && kParts * kPartLanes == kLanes);
+  typedef T Part __attribute__((vector_size(FUSED_CRITIC_VECTOR_BYTES)));
+  Part part[kParts];
+
+  FUSED_CRITIC_INLINE static Vec load(const T* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  FUSED_CRITIC_INLINE static Vec all(T x) {
+    Vec v;
+    for (int i = 0; i < kParts; ++i) v.part[i] = x - Part{};
+    return v;
+  }
+  FUSED_CRITIC_INLINE void store(T* p) const { std::memcpy(p, this, sizeof(*this)); }
+};
+
+template <typename T>
+struct Mask {
+  typedef typename SameSizeInt<T>::type Part __attribute__((vector_size(FUSED_CRITIC_VECTOR_BYTES)));
+  Part part[Vec<T>::kParts];
+};
+
+#define FUSED_CRITIC_ARITHMETIC(op)                                                      \
+  template <typename T>                                                                  \
+  FUSED_CRITIC_INLINE Vec<T> operator op(const Vec<T>& a, const Vec<T>& b) {                          \
+    Vec<T> c;                                                                            \
+    for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = a.part[i] op b.part[i];         \
+    return c;                                                                            \
+  }
+FUSED_CRITIC_ARITHMETIC(+)
+FUSED_CRITIC_ARITHMETIC(-)
+FUSED_CRITIC_ARITHMETIC(*)
+#undef FUSED_CRITIC_ARITHMETIC
+
+#define FUSED_CRITIC_COMPARISON(op)                                                      \
+  template <typename T>                                                                  \
+  FUSED_CRITIC_INLINE Mask<T> operator op(const Vec<T>& a, const Vec<T>& b) {                         \
+    Mask<T> c;                                                                           \
+    for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = a.part[i] op b.part[i];         \
+    return c;                                                                            \
+  }
+FUSED_CRITIC_COMPARISON(<)
+FUSED_CRITIC_COMPARISON(>)
+FUSED_CRITIC_COMPARISON(!=)
+#undef FUSED_CRITIC_COMPARISON
+
+template <typename T>
+FUSED_CRITIC_INLINE Mask<T> operator|(const Mask<T>& a, const Mask<T>& b) {
+  Mask<T> c;
+  for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = a.part[i] | b.part[i];
+  return c;
+}
+
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> select(const Mask<T>& m, const Vec<T>& a, const Vec<T>& b) {
+  Vec<T> c;
+  for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = m.part[i] ? a.part[i] : b.part[i];
+  return c;
+}
+
+// Lanes move down by kBy: lane i gets lane i + kBy of v, or of `fill` where that is beyond the last lane.
+template <int kBy, typename T>
+FUSED_CRITIC_INLINE Vec<T> shift_down(const Vec<T>& v, const Vec<T>& fill) {
+  constexpr int kPartLanes = Vec<T>::kPartLanes, kParts = Vec<T>::kParts;
+  constexpr int kWhole = kBy / kPartLanes, kRest = kBy % kPartLanes;
+  Vec<T> out;
+  for (int i = 0; i < kParts; ++i) {
+    const int from = i + kWhole;
+    const auto lower = from < kParts ? v.part[from] : fill.part[from - kParts];
+    if constexpr (kRest == 0) {
+      out.part[i] = lower;
+    } else {
+      const auto upper = from + 1 < kParts ? v.part[from + 1] : fill.part[from + 1 - kParts];
+      typename Mask<T>::Part index;
+      for (int lane = 0; lane < kPartLanes; ++lane) index[lane] = lane + kRest;
+#ifdef __clang__
+      typename Vec<T>::Part moved;  // a constant shuffle after unrolling
+      for (int lane = 0; lane < kPartLanes; ++lane) moved[lane] = lane + kRest < kPartLanes ? lower[lane + kRest] : upper[lane + kRest - kPartLanes];
+      out.part[i] = moved;
+#else
+      out.part[i] = __builtin_shuffle(lower, upper, index);
+#endif
+    }
+  }
+  return out;
+}
+
+template <typename T>
+FUSED_CRITIC_INLINE T first_lane(const Vec<T>& v) {
+  return v.part[0][0];
+}
+
+// Sum in a fixed order, in double.
+template <typename T>
+FUSED_CRITIC_INLINE double sum(const Vec<T>& v) {
+  T x[kLanes];
+  v.store(x);
+  return ((double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3]))) + ((double(x[4]) + double(x[5])) + (double(x[6]) + double(x[7])));
+}
+
+}  // namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE

@@ -1,0 +1,127 @@
+// Tiles: a few hundred tokens of one operand as a plain array of the accumulation type. An operand that already is one is used in place;
+// every other dtype or stride is converted into scratch that stays in the first-level cache. So kernels know T* alone, and a new
+// storage type costs one line here. Included once per instruction set (see simd.h).
+
+namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE {
+
+// Elementwise conversions, written so that the compiler vectorises them for unit stride.
+inline float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, sizeof(f));
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof(u));
+  return u;
+}
+
+inline float bfloat16_to_float(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
+
+// Round to nearest even; NaN stays a (quiet) NaN.
+inline uint16_t float_to_bfloat16(float f) {
+  const uint32_t u = float_to_bits(f);
+  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return uint16_t((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u | ((u >> 16) & 0x8000u) : rounded);
+}
+
+// Exponent and mantissa move into float's fields; multiplying by 2^112 repairs the bias, for subnormals too. Inf and NaN get float's exponent.
+inline float float16_to_float(uint16_t h) {
+  const uint32_t magnitude = uint32_t(h & 0x7FFFu) << 13;
+  const float finite = bits_to_float(magnitude) * 0x1.0p112f;
+  const uint32_t bits = (h & 0x7FFFu) >= 0x7C00u ? (magnitude | 0x7F800000u) : float_to_bits(finite);
+  return bits_to_float(bits | (uint32_t(h & 0x8000u) << 16));
+}
+
+// Round to nearest even by letting float addition round: adding 2^13 times the value's own exponent (but at least that of float16's
+// smallest normal, so that subnormals round at their fixed place) pushes the surplus bits out.
+inline uint16_t float_to_float16(float f) {
+  const uint32_t u = float_to_bits(f);
+  const uint32_t magnitude = u & 0x7FFFFFFFu;
+  const uint32_t exponent = (magnitude & 0x7F800000u) > 0x38800000u ? (magnitude & 0x7F800000u) : 0x38800000u;
+  const float anchor = bits_to_float(exponent + (13u << 23));
+  const float kept = (bits_to_float(magnitude) + anchor) - anchor;
+  const uint32_t scaled = float_to_bits(kept * 0x1.0p-112f) >> 13;
+  const uint32_t finite = scaled > 0x7C00u ? 0x7C00u : scaled;
+  const uint32_t half = magnitude > 0x7F800000u ? 0x7E00u : (magnitude >= 0x47800000u ? 0x7C00u : finite);
+  return uint16_t(half | ((u >> 16) & 0x8000u));
+}
+
+template <typename T, typename From, typename Convert>
+inline void convert_run(const From* __restrict from, int64_t stride, int64_t n, T* __restrict to, Convert convert) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) to[i] = convert(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = convert(from[i * stride]);
+  }
+}
+
+// n elements of a floating or integer operand from element `offset` on; integers become 0 or 1.
+template <typename T>
+inline void convert_run(const Operand& x, int64_t offset, int64_t stride, int64_t n, T* to) {
+  const auto flag = [](auto v) { return v != 0 ? T(1) : T(0); };
+  switch (x.dtype) {
+    case DType::kFloat64: return convert_run(static_cast<const double*>(x.data) + offset, stride, n, to, [](double v) { return T(v); });
+    case DType::kFloat32: return convert_run(static_cast<const float*>(x.data) + offset, stride, n, to, [](float v) { return T(v); });
+    case DType::kBFloat16: return convert_run(static_cast<const uint16_t*>(x.data) + offset, stride, n, to, [](uint16_t v) { return T(bfloat16_to_float(v)); });
+    case DType::kFloat16: return convert_run(static_cast<const uint16_t*>(x.data) + offset, stride, n, to, [](uint16_t v) { return T(float16_to_float(v)); });
+    case DType::kInt8: return convert_run(static_cast<const int8_t*>(x.data) + offset, stride, n, to, flag);
+    case DType::kInt16: return convert_run(static_cast<const int16_t*>(x.data) + offset, stride, n, to, flag);
+    case DType::kInt32: return convert_run(static_cast<const int32_t*>(x.data) + offset, stride, n, to, flag);
+    case DType::kInt64: return convert_run(static_cast<const int64_t*>(x.data) + offset, stride, n, to, flag);
+  }
+}
+
+template <typename T>
+inline void store_run(const T* from, int64_t n, const Output& y, int64_t offset, int64_t stride) {
+  const auto put = [&](auto* to, auto convert) {
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = convert(from[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i * stride] = convert(from[i]);
+    }
+  };
+  switch (y.dtype) {
+    case DType::kFloat64: return put(static_cast<double*>(y.data) + offset, [](T v) { return double(v); });
+    case DType::kFloat32: return put(static_cast<float*>(y.data) + offset, [](T v) { return float(v); });
+    case DType::kBFloat16: return put(static_cast<uint16_t*>(y.data) + offset, [](T v) { return float_to_bfloat16(float(v)); });
+    case DType::kFloat16: return put(static_cast<uint16_t*>(y.data) + offset, [](T v) { return float_to_float16(float(v)); });
+    default: return;  // outputs are floating
+  }
+}
+
+template <typename T> constexpr DType dtype_of();
+template <> constexpr DType dtype_of<float>() { return DType::kFloat32; }
+template <> constexpr DType dtype_of<double>() { return DType::kFloat64; }
+
+// A rectangle of tokens: `lines` runs of `length` tokens. Element (line, i) of an operand lies at origin + line * line_stride + i * stride.
+struct Rect {
+  int64_t lines, length;
+  int64_t size() const { return lines * length; }
+};
+
+template <typename T>
+inline const T* load_rect(const Operand& x, int64_t origin, int64_t line_stride, int64_t stride, Rect rect, T* scratch) {
+  const bool one_run = rect.lines == 1 || line_stride == stride * rect.length;
+  if (one_run && stride == 1 && x.dtype == dtype_of<T>()) return static_cast<const T*>(x.data) + origin;
+  if (one_run) {
+    convert_run(x, origin, stride, rect.size(), scratch);
+  } else {
+    for (int64_t l = 0; l < rect.lines; ++l) convert_run(x, origin + l * line_stride, stride, rect.length, scratch + l * rect.length);
+  }
+  return scratch;
+}
+
+template <typename T>
+inline void store_rect(const T* from, const Output& y, int64_t origin, int64_t line_stride, int64_t stride, Rect rect) {
+  for (int64_t l = 0; l < rect.lines; ++l) store_run(from + l * rect.length, rect.length, y, origin + l * line_stride, stride);
+}
+
+// Where a kernel may write a rectangle itself, or nullptr.
+template <typename T>
+inline T* direct_rect(const Output& y, int64_t origin, int64_t line_stride, int64_t stride, Rect rect) {
+  const bool one_run = rect.lines == 1 || line_stride == stride * rect.length;
+  return one_run && stride == 1 && y.dtype == dtype_of<T>() ? static_cast<T*>(y.data) + origin : nullptr;
+}
+
+}  // namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE

@@ -1,0 +1,10 @@
+#pragma once
+
+#ifdef __CUDACC__
+#define FUSED_CRITIC_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_CRITIC_HD inline __attribute__((always_inline))
+#endif
+
+// For functions of a few vector registers: a call would pass them through memory.
+#define FUSED_CRITIC_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,49 @@
+// Every operator's schema: the API of torch.ops.fused_critic.*. Meaning of the arguments: python/fused_critic/functional.py.
+//
+// Numbers come in two overloads: floats, or 0-d tensors (".tensor": read on their device, so a change neither synchronises nor recompiles).
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+
+TORCH_LIBRARY(fused_critic, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  // residuals: what backward needs besides the inputs (csrc/value_loss.h, enum Residual). Differentiable in values.
+  m.def(
+      "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask=None, Tensor? cu_seqlens=None, *, "
+      "float clip_low=-0.2, float clip_high=0.2, bool clip=True, str reduction=\"token-mean\", float? batch_num_tokens=None, "
+      "float? global_batch_size=None, float dp_size=1.0, float? loss_scale_factor=None, int time_dim=-1) "
+      "-> (Tensor loss, Tensor stats, Tensor residuals)",
+      tags);
+  m.def(
+      "value_loss.tensor(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? clip_low=None, "
+      "Tensor? clip_high=None, Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, bool clip=True, str reduction=\"token-mean\", "
+      "float dp_size=1.0, float? loss_scale_factor=None, int time_dim=-1) "
+      "-> (Tensor loss, Tensor stats, Tensor residuals)",
+      tags);
+  m.def(
+      "value_loss_backward(Tensor grad_loss, Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor residuals, *, bool clip, str reduction, int time_dim) -> Tensor grad_values",
+      tags);
+
+  // Differentiable in rewards, values, next_values and bootstrap_values.
+  m.def(
+      "gae(Tensor rewards, Tensor values, Tensor? mask=None, Tensor? terminated=None, Tensor? truncated=None, Tensor? next_values=None, "
+      "Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, float gamma, float lam, str mask_mode=\"skip\", int time_dim=-1) "
+      "-> (Tensor advantages, Tensor returns)",
+      tags);
+  m.def(
+      "gae.tensor(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask=None, Tensor? terminated=None, Tensor? truncated=None, "
+      "Tensor? next_values=None, Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, str mask_mode=\"skip\", int time_dim=-1) "
+      "-> (Tensor advantages, Tensor returns)",
+      tags);
+  // Gradients that nobody asked for (wanted: rewards, values, next_values, bootstrap_values) are tensors of no element.
+  m.def(
+      "gae_backward(Tensor? grad_advantages, Tensor? grad_returns, Tensor? mask, Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens, "
+      "Tensor gamma, Tensor lam, *, bool has_next_values, bool[4] wanted, str mask_mode, int time_dim) "
+      "-> (Tensor grad_rewards, Tensor grad_values, Tensor grad_next_values, Tensor grad_bootstrap_values)",
+      tags);
+
+  // The instruction set that the CPU kernels use here.
+  m.def("_cpu_capability() -> str", []() -> std::string { return fused_critic::cpu::kernels().name; });
+}

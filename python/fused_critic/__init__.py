@@ -1,0 +1,11 @@
+"""The critic side of PPO as PyTorch operators: masked clipped value loss and generalised advantage estimation, on CPU and CUDA."""
+
+from ._load import load_extension
+
+__version__: str = load_extension().build_info()["version"]
+
+from . import _fake, _fallback, _vmap  # noqa: E402, F401  (each registers with the operators that were just loaded)
+from .functional import GAEOutput, ValueLossOutput, gae, masked_whiten, value_loss  # noqa: E402
+from .stats import ValueLossStats  # noqa: E402
+
+__all__ = ["GAEOutput", "ValueLossOutput", "ValueLossStats", "__version__", "gae", "masked_whiten", "value_loss"]

@@ -1,0 +1,98 @@
+"""Shapes and dtypes of every operator's outputs, for tracing (torch.compile, torch.export, meta tensors). They read no data."""
+
+from __future__ import annotations
+
+import torch
+
+from .stats import NUM_MOMENTS
+
+_RESIDUALS = 3  # scale, clip_low, clip_high; then one factor per sequence for seq-mean-token-mean
+
+
+def _num_sequences(reference, cu_seqlens, time_dim):
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    return 1 if reference.dim() == 1 else reference.shape[1 - time_dim % 2]
+
+
+def _check_shapes(op, reference_name, reference, **others):
+    torch._check_value(reference.dim() in (1, 2), lambda: f"fused_critic.{op}: {reference_name}: expected 1 or 2 dimensions, got shape {list(reference.shape)}")
+    for name, x in others.items():
+        if x is None:
+            continue
+        torch._check_value(
+            x.dim() == reference.dim() and all(a == b for a, b in zip(x.shape, reference.shape)),
+            lambda name=name, x=x: f"fused_critic.{op}: {name}: expected shape {list(reference.shape)} (that of {reference_name}), "
+            f"got {list(x.shape)}; nothing is broadcast",
+        )
+
+
+def _accumulation_type(*tensors):
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _value_loss(
+    values, old_values, returns, mask=None, cu_seqlens=None, *, clip_low=None, clip_high=None, clip=True, reduction="token-mean",
+    batch_num_tokens=None, global_batch_size=None, dp_size=1.0, loss_scale_factor=None, time_dim=-1,
+):  # fmt: skip
+    _check_shapes("value_loss", "values", values, old_values=old_values if clip else None, returns=returns, mask=mask)
+    dtype = _accumulation_type(values, old_values if clip else None, returns)
+    loss = torch.empty_like(values, dtype=dtype) if reduction == "none" else values.new_empty((), dtype=dtype)
+    factors = _num_sequences(values, cu_seqlens, time_dim) if reduction == "seq-mean-token-mean" else 0
+    return loss, values.new_empty(NUM_MOMENTS, dtype=torch.float64), values.new_empty(_RESIDUALS + factors, dtype=torch.float64)
+
+
+def _value_loss_backward(grad_loss, values, old_values, returns, mask, cu_seqlens, residuals, *, clip, reduction, time_dim):
+    return torch.empty_like(values)
+
+
+def _gae(
+    rewards, values, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None, cu_seqlens=None, *,
+    gamma, lam, mask_mode="skip", time_dim=-1,
+):  # fmt: skip
+    _check_shapes("gae", "rewards", rewards, values=values, mask=mask, terminated=terminated, truncated=truncated, next_values=next_values)
+    dtype = _accumulation_type(rewards, values, next_values, bootstrap_values)
+    return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+
+
+def _gae_backward(
+    grad_advantages, grad_returns, mask, terminated, truncated, cu_seqlens, gamma, lam, *, has_next_values, wanted, mask_mode, time_dim
+):
+    reference = grad_advantages if grad_advantages is not None else grad_returns
+    dtype = _accumulation_type(grad_advantages, grad_returns)
+    none = reference.new_empty(0, dtype=dtype)
+
+    def per_token(is_wanted):
+        return reference.new_empty(reference.shape, dtype=dtype) if is_wanted else none.clone()
+
+    bootstrap = wanted[3] and not has_next_values
+    return (
+        per_token(wanted[0]),
+        per_token(wanted[1]),
+        per_token(wanted[2] and has_next_values),
+        reference.new_empty(_num_sequences(reference, cu_seqlens, time_dim), dtype=dtype) if bootstrap else none,
+    )
+
+
+def _value_loss_tensor(
+    values, old_values, returns, mask=None, cu_seqlens=None, clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, **options
+):
+    return _value_loss(
+        values, old_values, returns, mask, cu_seqlens,
+        clip_low=clip_low, clip_high=clip_high, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size, **options,
+    )  # fmt: skip
+
+
+def _gae_tensor(rewards, values, gamma, lam, *tensors, **options):
+    return _gae(rewards, values, *tensors, gamma=gamma, lam=lam, **options)
+
+
+for _name, _function in {
+    "value_loss": _value_loss,
+    "value_loss.tensor": _value_loss_tensor,
+    "value_loss_backward": _value_loss_backward,
+    "gae": _gae,
+    "gae.tensor": _gae_tensor,
+    "gae_backward": _gae_backward,
+}.items():
+    torch.library.register_fake(f"fused_critic::{_name}", _function)

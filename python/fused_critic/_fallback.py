@@ -1,0 +1,279 @@
+"""Every operator in vectorised torch operations, for devices that this build has no kernel for (mps, xpu, CUDA in a CPU-only build).
+
+Slower than the kernels, with the same semantics; says so once per operator and device type. The recurrences take log2(T) steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .stats import NUM_MOMENTS
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_once(op: str, x: Tensor) -> None:
+    key = (op, x.device.type)
+    if x.device.type == "meta" or key in _warned:
+        return
+    _warned.add(key)
+    warnings.warn(
+        f"fused_critic.{op}: this build has no kernel for device type '{x.device.type}'; a slower composite of torch operations runs instead",
+        stacklevel=2,
+    )
+
+
+def _check(op: str, reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.shape != reference.shape:
+            raise ValueError(
+                f"fused_critic.{op}: {name}: expected shape {list(reference.shape)} (that of {reference_name}), got {list(x.shape)}; nothing is broadcast"
+            )
+
+
+class _Sequences:
+    """Which sequence each token of a [B, T], [T, B], [T] or packed [N] tensor belongs to."""
+
+    def __init__(self, reference: Tensor, cu_seqlens: Tensor | None, time_dim: int):
+        self.shape = reference.shape
+        device = reference.device
+        if cu_seqlens is not None:
+            self.count = cu_seqlens.shape[0] - 1
+            positions = torch.arange(reference.shape[0], device=device, dtype=cu_seqlens.dtype)
+            self.index = (torch.searchsorted(cu_seqlens, positions, right=True) - 1).clamp(0, max(self.count - 1, 0))
+        elif reference.dim() == 1:
+            self.count = 1
+            self.index = torch.zeros(reference.shape, dtype=torch.long, device=device)
+        else:
+            seq_dim = 1 - time_dim % 2
+            self.count = reference.shape[seq_dim]
+            shape = [1, 1]
+            shape[seq_dim] = self.count
+            self.index = torch.arange(self.count, device=device).view(shape).expand(reference.shape)
+        # Time runs along dim 1 of the rows view: one row per sequence, or a single row of segments.
+        self.packed = cu_seqlens is not None
+        self.time_first = reference.dim() == 2 and time_dim % 2 == 0
+        self.seq_len = reference.shape[0] if reference.dim() == 1 else reference.shape[time_dim]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of a per-token tensor within each sequence."""
+        return x.new_zeros(self.count).index_add(0, self.index.reshape(-1), x.reshape(-1))
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.view(1, -1) if x.dim() == 1 else (x.t() if self.time_first else x)
+
+    def unrows(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape) if len(self.shape) == 1 else (x.t() if self.time_first else x)
+
+    def last_of_each(self) -> Tensor:
+        """True at the last position of every sequence, in the rows view."""
+        index = self.rows(self.index)
+        last = torch.ones_like(index, dtype=torch.bool)
+        last[:, :-1] = index[:, :-1] != index[:, 1:]
+        return last
+
+    def first_of_each(self) -> Tensor:
+        index = self.rows(self.index)
+        first = torch.ones_like(index, dtype=torch.bool)
+        first[:, 1:] = index[:, 1:] != index[:, :-1]
+        return first
+
+
+def _token_losses(values, old_values, returns, mask, low, high, clip, dtype):
+    """Weight, value, return, loss, gradient, clipped and outside flags per token; zeros at masked tokens."""
+    weight = torch.ones_like(values, dtype=dtype) if mask is None else (mask.to(dtype) if mask.is_floating_point() else (mask != 0).to(dtype))
+    valid = weight != 0
+    v, ret = (torch.where(valid, x.to(dtype), 0) for x in (values, returns))
+    error = v - ret
+    loss = 0.5 * error * error
+    gradient = error
+    clipped = outside = torch.zeros_like(valid)
+    if clip:
+        old = torch.where(valid, old_values.to(dtype), 0)
+        lower, upper = old + low.to(dtype), old + high.to(dtype)
+        inside = torch.minimum(torch.maximum(v, lower), upper)
+        clipped_error = inside - ret
+        clipped_loss = 0.5 * clipped_error * clipped_error
+        clipped = clipped_loss > loss
+        outside = (v < lower) | (v > upper)
+        poison = torch.where(lower.isnan(), lower, 0)
+        gradient = torch.where(clipped, 0, gradient) + poison
+        loss = torch.where(clipped, clipped_loss, loss) + poison
+    return weight, v, ret, loss, gradient, clipped & valid, outside & valid
+
+
+def _value_loss(
+    values, old_values, returns, mask=None, cu_seqlens=None, *, clip_low=-0.2, clip_high=0.2, clip=True, reduction="token-mean",
+    batch_num_tokens=None, global_batch_size=None, dp_size=1.0, loss_scale_factor=None, time_dim=-1,
+):  # fmt: skip
+    _warn_once("value_loss", values)
+    _check("value_loss", "values", values, old_values=old_values if clip else None, returns=returns, mask=mask)
+    wide = torch.float64 if torch.float64 in (values.dtype, returns.dtype, old_values.dtype if clip else None) else torch.float32
+    double = _moment_type(values)
+
+    def scalar(x):
+        return torch.as_tensor(0.0 if x is None else x, dtype=double, device=values.device)
+
+    low, high = scalar(clip_low), scalar(clip_high)
+    weight, v, ret, loss, _, clipped, outside = _token_losses(values, old_values, returns, mask, low, high, clip, wide)
+    seqs = _Sequences(values, cu_seqlens, time_dim)
+    weight, v, ret, wide_loss = (x.to(double) for x in (weight, v, ret, loss))
+    weighted = weight * wide_loss
+    valid = weight != 0
+    seq_tokens, seq_weight, seq_loss = seqs.sum(valid.to(double)), seqs.sum(weight), seqs.sum(weighted)
+    non_empty = seq_tokens > 0
+    error = ret - v
+    infinity = float("inf")
+    low_v = torch.where(valid, v, infinity).amin() if v.numel() else scalar(infinity)
+    high_v = torch.where(valid, v, -infinity).amax() if v.numel() else scalar(-infinity)
+    sums = [seq_tokens, seq_weight, seq_loss, weight * clipped, weight * outside]
+    for x in (v, ret, error):
+        sums += [weight * x, weight * x * x]
+    stats = torch.stack([x.sum() for x in sums] + [non_empty.to(double).sum(), low_v, high_v])
+    assert stats.numel() == NUM_MOMENTS
+
+    total, denominator = seq_loss.sum(), scalar(1.0)
+    factors = values.new_zeros(0, dtype=double)
+    if reduction == "token-mean":
+        denominator = seq_weight.sum() if batch_num_tokens is None else scalar(batch_num_tokens)
+    elif reduction.startswith("seq-mean"):
+        denominator = non_empty.to(double).sum() if global_batch_size is None else scalar(global_batch_size)
+        if reduction == "seq-mean-token-mean":
+            usable = non_empty & (seq_weight != 0)
+            factors = torch.where(usable, 1 / torch.where(usable, seq_weight, 1.0), 0.0)
+            total = (seq_loss * factors).sum()
+        elif reduction == "seq-mean-token-sum-norm":
+            dp_size = dp_size / (loss_scale_factor or seqs.seq_len or 1)
+    scale = torch.where(denominator != 0, dp_size / torch.where(denominator != 0, denominator, 1.0), 0.0)
+    if reduction == "none":
+        scale, out = torch.ones_like(scale), (torch.where(valid, weighted, 0)).to(wide)
+    else:
+        out = torch.where(scale == 0, 0.0, total * scale).to(wide)
+    return out, stats, torch.cat([torch.stack([scale, low, high]), factors])
+
+
+def _value_loss_backward(grad_loss, values, old_values, returns, mask, cu_seqlens, residuals, *, clip, reduction, time_dim):
+    _warn_once("value_loss", values)
+    weight, _, _, _, gradient, _, _ = _token_losses(values, old_values, returns, mask, residuals[1], residuals[2], clip, grad_loss.dtype)
+    upstream = grad_loss.to(residuals.dtype) * residuals[0]
+    if reduction == "seq-mean-token-mean":
+        upstream = upstream * residuals[3:][_Sequences(values, cu_seqlens, time_dim).index]
+    return torch.where(weight != 0, upstream.to(gradient.dtype) * (weight * gradient), 0).to(values.dtype)
+
+
+def _scan(a: Tensor, b: Tensor) -> Tensor:
+    """y_t = a_t y_{t+1} + b_t along dim 1 from the right, with y = 0 beyond the end; each round doubles the composed reach."""
+    reach = 1
+    while reach < a.shape[1]:
+        b = b + a * torch.nn.functional.pad(b[:, reach:], (0, reach))
+        a = a * torch.nn.functional.pad(a[:, reach:], (0, reach), value=1.0)
+        reach *= 2
+    return b
+
+
+def _gae(
+    rewards, values, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None, cu_seqlens=None, *,
+    gamma, lam, mask_mode="skip", time_dim=-1,
+):  # fmt: skip
+    _warn_once("gae", rewards)
+    _check("gae", "rewards", rewards, values=values, mask=mask, terminated=terminated, truncated=truncated, next_values=next_values)
+    if truncated is not None and next_values is None:
+        raise ValueError("fused_critic.gae: next_values: expected a tensor beside truncated, got None")
+    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in (rewards, values, next_values, bootstrap_values)) else torch.float32
+    gamma, lam = (torch.as_tensor(x, dtype=dtype, device=rewards.device) for x in (gamma, lam))
+    seqs = _Sequences(rewards, cu_seqlens, time_dim)
+    valid, ends, stops = _flags(seqs, rewards, mask, terminated, truncated)
+    reward, value = (torch.where(valid, seqs.rows(x).to(dtype), 0) for x in (rewards, values))
+    base = reward - value
+    if next_values is not None:
+        base = base + torch.where(valid & ~stops, gamma * seqs.rows(next_values).to(dtype), 0)
+    keep = (~ends).to(dtype)
+    # x_t enters position t from the right; the last position of a sequence takes the sequence's own start.
+    start = torch.zeros_like(base)
+    if next_values is None and bootstrap_values is not None:
+        start = gamma * bootstrap_values.reshape(-1).to(dtype)[seqs.rows(seqs.index)]
+    last = seqs.last_of_each()
+    carried = gamma * value if next_values is None else torch.zeros_like(value)
+    a = torch.where(valid, gamma * lam * keep, 1)
+    b = torch.where(valid, gamma * lam * base + carried, 0)
+    leaving = _scan(torch.where(last, 0, a), torch.where(last, a * start + b, b))
+    entering = torch.where(last, start, torch.nn.functional.pad(leaving[:, 1:], (0, 1)))
+    advantages = torch.where(valid, base + keep * entering, 0)
+    returns = torch.where(valid, advantages + value, 0)
+    return tuple(torch.empty_like(rewards, dtype=dtype).copy_(seqs.unrows(x)) for x in (advantages, returns))
+
+
+def _flags(seqs, reference, mask, terminated, truncated):
+    """valid, done and terminated as bool rows."""
+
+    def flag(x):
+        return torch.zeros_like(seqs.rows(reference), dtype=torch.bool) if x is None else seqs.rows(x) != 0
+
+    valid = torch.ones_like(seqs.rows(reference), dtype=torch.bool) if mask is None else flag(mask)
+    return valid, flag(terminated) | flag(truncated), flag(terminated)
+
+
+def _gae_backward(
+    grad_advantages, grad_returns, mask, terminated, truncated, cu_seqlens, gamma, lam, *, has_next_values, wanted, mask_mode, time_dim
+):
+    reference = grad_advantages if grad_advantages is not None else grad_returns
+    _warn_once("gae", reference)
+    dtype = torch.float64 if torch.float64 in {x.dtype for x in (grad_advantages, grad_returns) if x is not None} else torch.float32
+    gamma, lam = (torch.as_tensor(x, dtype=dtype, device=reference.device) for x in (gamma, lam))
+    seqs = _Sequences(reference, cu_seqlens, time_dim)
+    valid, ends, stops = _flags(seqs, reference, mask, terminated, truncated)
+
+    def rows(x):
+        return torch.zeros_like(valid, dtype=dtype) if x is None else torch.where(valid, seqs.rows(x).to(dtype), 0)
+
+    to_returns = rows(grad_returns)
+    grad = rows(grad_advantages) + to_returns
+    # q leaves a position to the right: (1 - done) p, with p = grad + gamma lam q of the position before. Scanned on the mirrored rows.
+    a = torch.where(valid, torch.where(ends, 0, gamma * lam), 1)
+    b = torch.where(valid & ~ends, grad, 0)
+    first = seqs.first_of_each()
+    leaving = _scan(torch.where(first, 0, a).flip(1), b.flip(1)).flip(1)
+    entering = torch.where(first, 0, torch.nn.functional.pad(leaving[:, :-1], (1, 0)))
+    p = grad + gamma * lam * entering
+    d_value = to_returns - p + (0 if has_next_values else gamma * entering)
+    d_next = torch.where(stops, 0, gamma * p)
+
+    def result(is_wanted, x):
+        return seqs.unrows(torch.where(valid, x, 0)).contiguous() if is_wanted else reference.new_empty(0, dtype=dtype)
+
+    d_bootstrap = reference.new_empty(0, dtype=dtype)
+    if wanted[3] and not has_next_values:
+        d_bootstrap = seqs.sum(seqs.unrows(torch.where(seqs.last_of_each(), gamma * leaving, 0)))
+    return result(wanted[0], p), result(wanted[1], d_value), result(wanted[2] and has_next_values, d_next), d_bootstrap
+
+
+def _moment_type(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
+
+
+def _value_loss_tensor(
+    values, old_values, returns, mask=None, cu_seqlens=None, clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, **options
+):
+    return _value_loss(
+        values, old_values, returns, mask, cu_seqlens,
+        clip_low=clip_low, clip_high=clip_high, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size, **options,
+    )  # fmt: skip
+
+
+def _gae_tensor(rewards, values, gamma, lam, *tensors, **options):
+    return _gae(rewards, values, *tensors, gamma=gamma, lam=lam, **options)
+
+
+_library = torch.library.Library("fused_critic", "IMPL")
+for _name, _function in {
+    "value_loss": _value_loss,
+    "value_loss.tensor": _value_loss_tensor,
+    "value_loss_backward": _value_loss_backward,
+    "gae": _gae,
+    "gae.tensor": _gae_tensor,
+    "gae_backward": _gae_backward,
+}.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -1,0 +1,262 @@
+"""The public functions. They turn numbers into what the operators take; all checks of tensors are the operators' own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stats import ValueLossStats
+
+Number = float | int | Tensor
+
+_value_loss = torch.ops.fused_critic.value_loss.default
+_value_loss_tensor = torch.ops.fused_critic.value_loss.tensor
+_gae = torch.ops.fused_critic.gae.default
+_gae_tensor = torch.ops.fused_critic.gae.tensor
+
+
+class ValueLossOutput(NamedTuple):
+    """``loss``: 0-d (per token for ``reduction="none"``), float32, or float64 if any input is. ``stats``: see :class:`ValueLossStats`."""
+
+    loss: Tensor
+    stats: ValueLossStats
+
+
+class GAEOutput(NamedTuple):
+    """Both of the rewards' shape; float32, or float64 if any input is."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_range: Number | tuple[Number, Number] | None = 0.2,
+    criterion: str = "mse",
+    delta: float = 1.0,
+    reduction: str = "token-mean",
+    batch_num_tokens: Number | None = None,
+    global_batch_size: Number | None = None,
+    dp_size: float = 1,
+    loss_scale_factor: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    time_dim: int = -1,
+) -> ValueLossOutput:
+    r"""Masked clipped value loss of PPO, with its statistics, in one pass; differentiable in ``values``.
+
+    Per token, with :math:`v` = ``values``, :math:`o` = ``old_values``, :math:`R` = ``returns`` and
+    :math:`v_c = \min(\max(v, o + low), o + high)`:
+
+    .. math:: l = \tfrac12 \max\big((v - R)^2, (v_c - R)^2\big)
+
+    (Schulman et al., baselines' ppo2; verl, TRL, OpenRLHF). Its gradient is :math:`v - R`, and 0 where the clipped branch is strictly
+    greater; at a tie the whole :math:`v - R`. Everything is computed in float32 (float64 if any input is), whatever the inputs' dtypes,
+    and rounded once.
+
+    Args:
+        values: [B, T], [T, B] (``time_dim=0``), [T], or packed [N] with ``cu_seqlens``; float64, float32, bfloat16 or float16, any strides.
+        old_values: the values at rollout time; the shape of ``values``, any floating dtype. May be None where ``clip_range`` is None.
+        returns: the shape of ``values``, any floating dtype.
+        mask: the shape of ``values``; bool or integer (non-zero: valid) or floating (a weight per token, 0: masked). None: all valid.
+            Whatever lies at masked tokens, NaN included, changes nothing, and their gradient is exactly 0.
+        clip_range: the range around ``old_values``: a number (both sides), a pair (low, high) with low <= high, or None (no clipping).
+            Each may be a 0-d tensor (not checked on CUDA).
+        criterion: ``"mse"``. (``"huber"``, ``"smooth_l1"`` and ``"l1"`` are not there yet.)
+        delta: the Huber criterion's; no effect on ``"mse"``.
+        reduction: with weights :math:`w` (the mask, or 1) and rows being sequences (rows of [B, T], columns of [T, B], segments):
+
+            - ``"token-mean"``: sum(w l) / (``batch_num_tokens`` or sum(w)) * ``dp_size``
+            - ``"token-sum"``: sum(w l) * ``dp_size``
+            - ``"seq-mean-token-sum"``: sum over rows / (``global_batch_size`` or number of non-empty rows) * ``dp_size``
+            - ``"seq-mean-token-sum-norm"``: the same / (``loss_scale_factor`` or T)
+            - ``"seq-mean-token-mean"``: sum over rows of (row sum / row weight) / (``global_batch_size`` or non-empty rows) * ``dp_size``
+            - ``"none"``: the per-token losses w l, 0 at masked tokens
+
+            A denominator of 0 (nothing valid) gives a loss of 0 and gradients of 0.
+        batch_num_tokens: global token count, for ``"token-mean"``; a number or 0-d tensor, at least 0.
+        global_batch_size: global sequence count, for the ``"seq-mean-*"`` reductions; likewise. A count that the reduction has no use
+            for is ignored.
+        dp_size: data-parallel size, positive. Above 1 a mean needs its global count.
+        loss_scale_factor: positive; replaces T in ``"seq-mean-token-sum-norm"``.
+        cu_seqlens: int32 or int64 [S + 1], from 0 to N without decrease: segment s is [cu_seqlens[s], cu_seqlens[s + 1]). Checked on the CPU; on CUDA
+            only with the environment variable FUSED_CRITIC_CHECK=1, which synchronises.
+        time_dim: the time dimension of a 2-d input.
+
+    Raises:
+        ValueError: shapes that differ (nothing is broadcast), devices that differ, bad ``cu_seqlens``, numbers out of range, unknown names, a
+            missing ``old_values`` or global count, an input other than ``values`` that requires grad.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: a criterion that is not there yet.
+    """
+    if criterion != "mse":
+        _reject_criterion(criterion)
+    if clip_range is None:
+        clip, low, high = False, 0.0, 0.0
+    elif isinstance(clip_range, (tuple, list)):
+        clip, (low, high) = True, _pair(clip_range)
+    elif isinstance(clip_range, str):
+        raise TypeError(f"fused_critic.value_loss: clip_range: expected a number, a pair, a 0-d tensor or None, got {clip_range!r}")
+    else:
+        clip, low, high = True, -clip_range, clip_range
+    if torch.compiler.is_compiling() or _has_tensor(low, high, batch_num_tokens, global_batch_size):
+        loss, stats, _ = _value_loss_tensor(
+            values, old_values, returns, mask, cu_seqlens,
+            *(_as_tensor(x, values) for x in (low, high, batch_num_tokens, global_batch_size)),
+            clip=clip, reduction=reduction, dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
+        )  # fmt: skip
+    else:
+        loss, stats, _ = _value_loss(
+            values, old_values, returns, mask, cu_seqlens,
+            clip_low=low, clip_high=high, clip=clip, reduction=reduction,
+            batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size,
+            dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
+        )  # fmt: skip
+    return ValueLossOutput(loss, ValueLossStats(stats))
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gamma: Number,
+    lam: Number,
+    returns_lam: Number | None = None,
+    mask_mode: str = "skip",
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    next_values: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    time_dim: int = -1,
+    carry_masked_rewards: bool = False,
+    whiten: bool = False,
+) -> GAEOutput:
+    r"""Generalised advantage estimation (Schulman et al., arXiv:1506.02438), differentiable in the four value-like inputs.
+
+    From the last to the first valid position of each sequence ("next" is the next valid position):
+
+    .. math::
+        \delta_t &= r_t + \gamma\,(1 - terminated_t)\,V_{next} - V_t \\
+        A_t &= \delta_t + \gamma\lambda\,(1 - done_t)\,A_{next}, \qquad done = terminated \lor truncated \\
+        R_t &= A_t + V_t
+
+    :math:`V_{next}` is ``next_values`` at t if given, else V at the next position, else (at the end) ``bootstrap_values`` of the sequence,
+    else 0. Accumulated in float32 (float64 if any input is).
+
+    Args:
+        rewards: [B, T], [T, B] (``time_dim=0``), [T], or packed [N] with ``cu_seqlens``; float64, float32, bfloat16 or float16, any strides.
+        values: the shape of ``rewards``, any floating dtype.
+        mask: the shape of ``rewards``; bool, integer or floating, non-zero: valid. Masked positions are transparent (advantage and next value
+            carry over them unchanged), their reward is dropped, nothing of theirs is used, and their outputs are 0.
+        gamma, lam: discount and trace decay in [0, 1]; numbers or 0-d tensors (not checked on CUDA), without gradient.
+        returns_lam: not there yet (NotImplementedError).
+        mask_mode: ``"skip"``, as described at ``mask``. (``"zero"``, ``"reset"`` and ``"ignore"`` are not there yet.)
+        terminated: the shape of ``rewards``, non-zero where the episode ended: no next value, and the trace stops.
+        truncated: the shape of ``rewards``, non-zero where the episode was cut off: the trace stops, the next value stays. Needs ``next_values``.
+        next_values: the shape of ``rewards``: the value of each step's own next state.
+        bootstrap_values: one per sequence ([B], or [S] when packed): the value after the last position. Not beside ``next_values``.
+        cu_seqlens, time_dim: as for :func:`value_loss`.
+        carry_masked_rewards: not there yet (NotImplementedError).
+        whiten: whiten the advantages over the valid positions as :func:`masked_whiten` does. The returns are not affected.
+
+    Raises:
+        ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma`` or ``lam`` out of range, ``truncated`` without
+            ``next_values``, ``bootstrap_values`` beside them, an unknown name.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: an option that is not there yet.
+    """
+    if returns_lam is not None or carry_masked_rewards:
+        option = "returns_lam" if returns_lam is not None else "carry_masked_rewards"
+        raise NotImplementedError(f"fused_critic.gae: {option}: expected the default, got a value that this version does not support yet")
+    tensors = (mask, terminated, truncated, next_values, bootstrap_values, cu_seqlens)
+    if torch.compiler.is_compiling() or _has_tensor(gamma, lam):
+        numbers = (_as_tensor(gamma, rewards), _as_tensor(lam, rewards))
+        advantages, returns = _gae_tensor(rewards, values, *numbers, *tensors, mask_mode=mask_mode, time_dim=time_dim)
+    else:
+        advantages, returns = _gae(rewards, values, *tensors, gamma=gamma, lam=lam, mask_mode=mask_mode, time_dim=time_dim)
+    if whiten:
+        advantages = masked_whiten(advantages, mask)
+    return GAEOutput(advantages, returns)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8, group=None
+) -> Tensor:
+    """``(x - mean) * rsqrt(var + eps)`` over the valid positions, 0 at the others.
+
+    Mean and variance are two-pass, their sums in float64. Fewer than two valid positions give zeros, without a synchronisation.
+
+    Args:
+        x: any shape, floating.
+        mask: the shape of ``x``, non-zero: valid. None: all valid.
+        shift_mean: False adds the mean back.
+        unbiased: divide the sum of squares by n - 1 rather than n.
+        eps: added to the variance.
+        group: not there yet (NotImplementedError): a process group over which the moments are merged.
+
+    Raises:
+        ValueError: a mask of another shape or device.
+        TypeError: ``x`` is not floating.
+    """
+    if group is not None:
+        raise NotImplementedError("fused_critic.masked_whiten: group: expected None, got a group, which this version does not support yet")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"fused_critic.masked_whiten: x: expected a floating dtype, got {x.dtype}")
+    if mask is not None and mask.shape != x.shape:
+        raise ValueError(
+            f"fused_critic.masked_whiten: mask: expected shape {list(x.shape)} (that of x), got {list(mask.shape)}; nothing is broadcast"
+        )
+    if mask is not None and mask.device != x.device:
+        raise ValueError(f"fused_critic.masked_whiten: mask: expected device {x.device} (that of x), got {mask.device}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide, masked, n = x.to(dtype), None, x.new_full((), x.numel(), dtype=torch.float64)
+    if mask is not None:
+        masked, n = mask == 0, mask.count_nonzero().to(torch.float64)
+        wide = wide.masked_fill(masked, 0)
+    count = n.clamp(min=1)
+    mean = wide.sum(dtype=torch.float64) / count
+    centred = wide - mean.to(dtype)
+    if masked is not None:
+        centred.masked_fill_(masked, 0)
+    # The mean was rounded to be subtracted; what is left of it is taken out here.
+    rest = centred.sum(dtype=torch.float64) / count
+    squares = centred.square().sum(dtype=torch.float64) - count * rest * rest
+    variance = squares / (n - 1 if unbiased else n).clamp(min=1)
+    scale = torch.where(n > 1, torch.rsqrt(variance + eps), 0.0)
+    shift = -rest * scale + (0.0 if shift_mean else torch.where(n > 1, mean, 0.0))
+    whitened = torch.addcmul(shift.to(dtype), centred, scale.to(dtype))
+    if masked is not None:
+        whitened.masked_fill_(masked, 0)
+    return whitened.to(x.dtype)
+
+
+def _reject_criterion(criterion: str) -> None:
+    if criterion in ("huber", "smooth_l1", "l1"):
+        raise NotImplementedError(f"fused_critic.value_loss: criterion: expected 'mse', got '{criterion}', which this version does not have yet")
+    raise ValueError(f"fused_critic.value_loss: criterion: expected one of mse, huber, smooth_l1, l1, got {criterion!r}")
+
+
+def _pair(clip_range):
+    if len(clip_range) != 2:
+        raise ValueError(f"fused_critic.value_loss: clip_range: expected a pair (low, high), got {len(clip_range)} elements")
+    return clip_range
+
+
+def _has_tensor(*numbers) -> bool:
+    return any(isinstance(x, Tensor) for x in numbers)
+
+
+def _as_tensor(x: Number | None, like: Tensor) -> Tensor | None:
+    """A number as a 0-d tensor. Traced, a product keeps a symbolic number in the graph, so that its next value needs no recompilation."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device=like.device) * x
+    return torch.tensor(x, dtype=torch.float64)  # on the CPU: the host reads it, without a copy to the device

@@ -1,0 +1,101 @@
+"""Inputs for the tests: layouts, memory layouts, masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LAYOUTS = ("padded", "time-major", "single", "packed")
+STRIDES = ("contiguous", "transposed", "row-strided", "misaligned", "every-other")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MASKS = (None, torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float64)
+REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean", "none")
+
+
+@dataclass
+class Layout:
+    """How `num_seqs` sequences are arranged in tensors of `shape`."""
+
+    shape: tuple[int, ...]
+    num_seqs: int
+    time_dim: int = -1
+    cu_seqlens: torch.Tensor | None = None
+
+    @property
+    def options(self):
+        return {"time_dim": self.time_dim, "cu_seqlens": self.cu_seqlens}
+
+
+def layout(kind, num_seqs, seq_len, generator, device="cpu"):
+    if kind == "padded":
+        return Layout((num_seqs, seq_len), num_seqs)
+    if kind == "time-major":
+        return Layout((seq_len, num_seqs), num_seqs, time_dim=0)
+    if kind == "single":
+        return Layout((seq_len,), 1)
+    tokens = num_seqs * seq_len
+    inner = torch.randint(0, tokens + 1, (max(num_seqs - 1, 0),), generator=generator).sort().values
+    bounds = torch.cat([torch.tensor([0]), inner, torch.tensor([tokens])])
+    dtype = torch.int32 if num_seqs % 2 else torch.int64
+    return Layout((tokens,), len(bounds) - 1, cu_seqlens=bounds.to(device, dtype))
+
+
+def restride(x, how):
+    """The same values in other memory."""
+    if how == "transposed" and x.dim() == 2:
+        return x.t().contiguous().t()
+    if how == "row-strided" and x.dim() == 2:
+        wide = x.new_zeros(x.shape[0], x.shape[1] + 3)
+        wide[:, 3:] = x
+        return wide[:, 3:]
+    if how == "misaligned":
+        flat = x.new_zeros(x.numel() + 1)
+        flat[1:] = x.reshape(-1)
+        return flat[1:].view(x.shape)
+    if how == "every-other":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x.contiguous()
+
+
+def mask(shape, dtype, generator, density=0.6):
+    """Gaps included; a floating mask is a weight."""
+    if dtype is None:
+        return None
+    valid = torch.rand(shape, generator=generator) < density
+    if dtype.is_floating_point:
+        return (valid * torch.rand(shape, generator=generator)).to(dtype)
+    return valid.to(dtype) if dtype == torch.bool else valid.to(dtype) * 3
+
+
+def tolerance(*dtypes):
+    """Relative to the largest magnitude: float32 arithmetic (float64 if an input is float64), rounded once to the output's dtype."""
+    return 1e-10 if torch.float64 in dtypes else 2e-5
+
+
+ROUNDING = {torch.float64: 0.0, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+def assert_close(got, expected, tol, what=""):
+    got, expected = (torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (got, expected))
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if got.numel() == 0:
+        return
+    scale = max(1.0, float(expected.abs().max()))
+    worst = (got - expected).abs().argmax()
+    difference = float((got - expected).abs().flatten()[worst])
+    assert difference <= tol * scale, (
+        f"{what}: differs by {difference:.3g} (allowed {tol * scale:.3g}) at flat index {int(worst)}: "
+        f"got {float(got.flatten()[worst])}, expected {float(expected.flatten()[worst])}"
+    )
+
+
+def assert_same_bits(a, b, what=""):
+    """Equal bit for bit, NaN included."""
+    a, b = a.detach().cpu().contiguous().reshape(-1), b.detach().cpu().contiguous().reshape(-1)
+    assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    different = (a.view(integers) != b.view(integers)).nonzero()
+    assert len(different) == 0, f"{what}: first of {len(different)} different elements at {int(different[0])}: {a[different[0]]} against {b[different[0]]}"

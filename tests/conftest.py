@@ -1,0 +1,32 @@
+"""Tests are written once and run on every device there is: cpu, and cuda where torch finds one (--devices selects)."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("quick", parent=hypothesis.settings.get_profile("default"), max_examples=15)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--devices", default=None, help="comma-separated devices to test (default: cpu, and cuda if torch finds one)")
+    parser.addoption("--quick", action="store_true", help="fewer examples in the property tests")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("quick" if config.getoption("--quick") else "default")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--devices")
+        devices = chosen.split(",") if chosen else ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        metafunc.parametrize("device", devices)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; restored afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,161 @@
+"""The specification: both operators in plain float64 torch, token by token, as the formulas read. Slow on purpose."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+
+def sequences(shape, cu_seqlens=None, time_dim=-1):
+    """The index of every token, sequence by sequence in time order."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        return [[(i,) for i in range(a, b)] for a, b in zip(bounds, bounds[1:])]
+    if len(shape) == 1:
+        return [[(i,) for i in range(shape[0])]]
+    rows, columns = shape
+    if time_dim in (1, -1):
+        return [[(s, t) for t in range(columns)] for s in range(rows)]
+    return [[(t, s) for t in range(rows)] for s in range(columns)]
+
+
+def _nested(x):
+    return None if x is None else x.detach().to("cpu", torch.float64).tolist()
+
+
+def _at(nested, index):
+    for i in index:
+        nested = nested[i]
+    return nested
+
+
+def value_loss(
+    values, old_values, returns, mask=None, *, clip_range=0.2, reduction="token-mean", batch_num_tokens=None, global_batch_size=None,
+    dp_size=1, loss_scale_factor=None, cu_seqlens=None, time_dim=-1, grad_loss=None,
+):  # fmt: skip
+    """loss (a float; for "none" a tensor), grad (d loss / d values, times grad_loss), and a dict of statistics."""
+    shape = values.shape
+    floating = mask is not None and mask.dtype.is_floating_point
+    v, o, r, m = (_nested(x) for x in (values, old_values, returns, mask))
+    low, high = (None, None) if clip_range is None else (clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range))
+    rows = sequences(shape, cu_seqlens, time_dim)
+
+    def weight(index):
+        w = 1.0 if m is None else _at(m, index)
+        return w if floating else float(w != 0)
+
+    tokens = []  # (row, index, w, l, dl/dv, clipped, outside, v, R)
+    for s, row in enumerate(rows):
+        for index in row:
+            w = weight(index)
+            if w == 0:
+                continue
+            value, ret = _at(v, index), _at(r, index)
+            unclipped = 0.5 * (value - ret) ** 2
+            loss, slope, clipped, outside = unclipped, value - ret, False, False
+            if clip_range is not None:
+                old = _at(o, index)
+                vc = min(max(value, old + low), old + high)
+                clipped_loss = 0.5 * (vc - ret) ** 2
+                loss = max(unclipped, clipped_loss)
+                clipped = clipped_loss > unclipped
+                outside = not old + low <= value <= old + high
+                slope = 0.0 if clipped else slope
+            tokens.append((s, index, w, loss, slope, clipped, outside, value, ret))
+
+    row_weight = [0.0] * len(rows)
+    for t in tokens:
+        row_weight[t[0]] += t[2]
+    non_empty = len({t[0] for t in tokens})
+    total_weight = math.fsum(t[2] for t in tokens)
+
+    def share(s):
+        """d loss / d (w l) of a token of row s."""
+        if reduction == "none":
+            return 1.0
+        if reduction == "token-sum":
+            return dp_size
+        if reduction == "token-mean":
+            n = total_weight if batch_num_tokens is None else float(batch_num_tokens)
+            return dp_size / n if n else 0.0
+        n = non_empty if global_batch_size is None else float(global_batch_size)
+        factor = dp_size / n if n else 0.0
+        if reduction == "seq-mean-token-sum-norm":
+            length = shape[time_dim] if len(shape) == 2 else shape[0]
+            return factor / (loss_scale_factor or length)
+        if reduction == "seq-mean-token-mean":
+            return factor / row_weight[s] if row_weight[s] else 0.0
+        return factor
+
+    grad = torch.zeros(shape, dtype=torch.float64)
+    per_token = torch.zeros(shape, dtype=torch.float64)
+    upstream = None if grad_loss is None else _nested(grad_loss)
+    for s, index, w, loss, slope, *_ in tokens:
+        g = 1.0 if upstream is None else (upstream if isinstance(upstream, float) else _at(upstream, index))
+        grad[index] = g * share(s) * w * slope
+        per_token[index] = w * loss
+    loss = per_token if reduction == "none" else math.fsum(share(t[0]) * t[2] * t[3] for t in tokens)
+
+    def mean(f):
+        return math.fsum(t[2] * f(t) for t in tokens) / total_weight if total_weight else 0.0
+
+    def variance(f):
+        centre = mean(f)
+        return mean(lambda t: (f(t) - centre) ** 2)
+
+    return_var, error_var = variance(lambda t: t[8]), variance(lambda t: t[8] - t[7])
+    stats = {
+        "num_tokens": len(tokens),
+        "weight": total_weight,
+        "num_sequences": non_empty,
+        "loss_sum": math.fsum(t[2] * t[3] for t in tokens),
+        "loss_mean": mean(lambda t: t[3]),
+        "clip_fraction": mean(lambda t: t[5]),
+        "outside_fraction": mean(lambda t: t[6]),
+        "value_mean": mean(lambda t: t[7]),
+        "value_min": min((t[7] for t in tokens), default=0.0),
+        "value_max": max((t[7] for t in tokens), default=0.0),
+        "value_var": variance(lambda t: t[7]),
+        "return_mean": mean(lambda t: t[8]),
+        "return_var": return_var,
+        "error_mean": mean(lambda t: t[8] - t[7]),
+        "error_var": error_var,
+        "explained_variance": 1 - error_var / return_var if return_var > 0 else 0.0,
+    }
+    return SimpleNamespace(loss=loss, grad=grad, stats=stats)
+
+
+def gae(
+    rewards, values, mask=None, *, gamma, lam, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
+    cu_seqlens=None, time_dim=-1,
+):  # fmt: skip
+    """advantages and returns, float64, as a differentiable function of whatever requires grad."""
+    shape = rewards.shape
+    advantages, returns = {}, {}
+    for s, row in enumerate(sequences(shape, cu_seqlens, time_dim)):
+        next_value = 0.0 if bootstrap_values is None else bootstrap_values.double().reshape(-1)[s]
+        next_advantage = 0.0
+        for index in reversed(row):
+            if mask is not None and not mask[index] != 0:
+                continue
+            ends = terminated is not None and bool(terminated[index] != 0)
+            cut = truncated is not None and bool(truncated[index] != 0)
+            reward, value = rewards[index].double(), values[index].double()
+            following = next_value if next_values is None else next_values[index].double()
+            delta = reward + (0.0 if ends else gamma * following) - value
+            advantage = delta + (0.0 if ends or cut else gamma * lam * next_advantage)
+            advantages[index], returns[index] = advantage, advantage + value
+            next_value, next_advantage = value, advantage
+
+    def assemble(found):
+        zero = rewards.new_zeros((), dtype=torch.float64)
+        flat = [found.get(index, zero) for index in _all_indices(shape)]
+        return torch.stack(flat).reshape(shape) if flat else rewards.new_zeros(shape, dtype=torch.float64)
+
+    return SimpleNamespace(advantages=assemble(advantages), returns=assemble(returns))
+
+
+def _all_indices(shape):
+    return [(i,) for i in range(shape[0])] if len(shape) == 1 else [(i, j) for i in range(shape[0]) for j in range(shape[1])]

@@ -1,0 +1,86 @@
+"""The composite implementation for devices without kernels, called on CPU tensors and compared with the kernels."""
+
+import pytest
+import torch
+from hypothesis import given
+
+import cases
+import fused_critic
+from fused_critic import _fallback
+from test_gae import build as build_gae
+from test_gae import problems as gae_problems
+from test_value_loss import draw_inputs
+from test_value_loss import problems as loss_problems
+
+pytestmark = pytest.mark.filterwarnings("ignore:fused_critic")
+ops = torch.ops.fused_critic
+
+
+@given(problem=loss_problems())
+def test_value_loss(problem):
+    generator = torch.Generator().manual_seed(problem["seed"])
+    layout = cases.layout(problem["kind"], problem["seqs"], problem["length"], generator)
+    tensors = draw_inputs(layout.shape, generator, "cpu", problem["dtypes"], problem["strides"])
+    mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
+    clip_range = problem["clip_range"]
+    low, high = (0.0, 0.0) if clip_range is None else clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+    options = {"clip_low": low, "clip_high": high, "clip": clip_range is not None, "reduction": problem["reduction"], "loss_scale_factor": 7.0}
+    if problem["count"] is not None:
+        options |= {"batch_num_tokens": 11.0, "global_batch_size": 11.0, "dp_size": problem["dp_size"]}
+    arguments = (*tensors, mask, layout.cu_seqlens)
+    got = _fallback._value_loss(*arguments, **options, time_dim=layout.time_dim)
+    expected = ops.value_loss(*arguments, **options, time_dim=layout.time_dim)
+    for a, b, what in zip(got, expected, ("loss", "stats", "residuals")):
+        finite = b.isfinite()
+        assert torch.equal(a.isfinite(), finite)
+        cases.assert_close(a[finite], b[finite], 2e-5, what)
+        assert a.dtype == b.dtype
+    common = {"clip": options["clip"], "reduction": options["reduction"], "time_dim": layout.time_dim}
+    backward = (torch.ones_like(expected[0]), *arguments, expected[2])
+    a, b = _fallback._value_loss_backward(*backward, **common), ops.value_loss_backward(*backward, **common)
+    assert a.dtype == b.dtype
+    cases.assert_close(a, b, max(2e-5, cases.ROUNDING[tensors[0].dtype]), "grad")
+
+
+@given(problem=gae_problems())
+def test_gae(problem):
+    rewards, values, mask, options = build_gae(problem, "cpu")
+    names = ("terminated", "truncated", "next_values", "bootstrap_values", "cu_seqlens")
+    arguments = (rewards, values, mask, *(options.get(name) for name in names))
+    numbers = {name: options[name] for name in ("gamma", "lam", "time_dim")}
+    got, expected = _fallback._gae(*arguments, **numbers), ops.gae(*arguments, **numbers)
+    for a, b in zip(got, expected):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        cases.assert_close(a, b, cases.tolerance(a.dtype), "outputs")
+    gamma, lam = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("gamma", "lam"))
+    backward = (expected[0], expected[1].cos(), mask, options.get("terminated"), options.get("truncated"), options.get("cu_seqlens"), gamma, lam)
+    common = {"has_next_values": options.get("next_values") is not None, "wanted": [True] * 4, "mask_mode": "skip", "time_dim": options["time_dim"]}
+    for a, b in zip(_fallback._gae_backward(*backward, **common), ops.gae_backward(*backward, **common)):
+        assert a.dtype == b.dtype
+        cases.assert_close(a, b, cases.tolerance(a.dtype), "gradients")
+
+
+def test_warns_once(monkeypatch):
+    monkeypatch.setattr(_fallback, "_warned", set())
+    x = torch.randn(2, 3)
+    with pytest.warns(UserWarning, match="fused_critic.gae: this build has no kernel for device type 'cpu'"):
+        _fallback._gae(x, x, gamma=0.9, lam=0.8)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _fallback._gae(x, x, gamma=0.9, lam=0.8)
+
+
+def test_cuda_tensors_on_a_build_without_cuda_kernels(device):
+    if device != "cuda" or fused_critic._C.build_info()["cuda_version"] is not None:
+        pytest.skip("needs CUDA tensors and an extension that was built without CUDA")
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    fused_critic.value_loss(x, x.detach(), x.detach() + 1).loss.backward()
+    assert x.grad.device.type == "cuda"
+
+
+@pytest.mark.parametrize("operator", ["value_loss", "gae"])
+def test_registered_for_every_other_backend(operator):
+    for overload in ("default", "tensor"):
+        assert getattr(getattr(ops, operator), overload).has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeExplicitAutograd)

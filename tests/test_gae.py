@@ -1,0 +1,252 @@
+"""GAE against the float64 reference, on every device."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cases
+import fused_critic
+import reference
+
+
+def check(rewards, values, mask=None, **options):
+    got = fused_critic.gae(rewards, values, mask, **options)
+    numbers = {name: float(options.pop(name)) for name in ("gamma", "lam")}
+    to_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    expected = reference.gae(rewards.cpu(), values.cpu(), None if mask is None else mask.cpu(), **numbers, **to_cpu)
+    floats = [x.dtype for x in (rewards, values, options.get("next_values"), options.get("bootstrap_values")) if x is not None]
+    dtype = torch.float64 if torch.float64 in floats else torch.float32
+    tol = cases.tolerance(dtype)
+    for name in ("advantages", "returns"):
+        assert getattr(got, name).dtype == dtype
+        cases.assert_close(getattr(got, name), getattr(expected, name), tol, name)
+        if mask is not None:
+            assert bool((getattr(got, name)[mask == 0] == 0).all()), f"{name} at a masked position"
+    return got
+
+
+def test_reference_vector(device):
+    """docs/design.md, skip mode."""
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], device=device)
+    rewards, mask = torch.zeros(7, device=device), torch.tensor([1, 1, 0, 0, 1, 1, 0], device=device)
+    rewards[5] = 1
+    got = check(rewards, values, mask, gamma=0.9, lam=0.8)
+    cases.assert_close(got.advantages, torch.tensor([0.4300, 0.4862, 0, 0, 0.3280, 0.4000, 0]), 5e-5)
+
+
+@st.composite
+def problems(draw):
+    dtype = st.sampled_from(cases.DTYPES)
+    stride = st.sampled_from(cases.STRIDES)
+    follow = draw(st.sampled_from(["nothing", "bootstrap", "next_values", "truncated"]))
+    return {
+        "kind": draw(st.sampled_from(cases.LAYOUTS)),
+        "size": draw(st.sampled_from([(1, 1), (1, 37), (2, 8), (3, 129), (5, 17), (9, 4), (33, 3), (17, 65), (40, 1), (4, 260), (35, 130)])),
+        "dtypes": draw(st.tuples(dtype, dtype, dtype)),
+        "strides": draw(st.tuples(stride, stride, stride, stride)),
+        "mask": draw(st.sampled_from(cases.MASKS)),
+        "density": draw(st.sampled_from([0.0, 0.3, 0.9])),
+        "flags": draw(st.sampled_from([None, torch.bool, torch.float32])),
+        "follow": follow,
+        "gamma": draw(st.sampled_from([0.0, 0.97, 1.0])),
+        "lam": draw(st.sampled_from([0.0, 0.9, 1.0])),
+        "tensors": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+def build(problem, device):
+    generator = torch.Generator().manual_seed(problem["seed"])
+    layout = cases.layout(problem["kind"], *problem["size"], generator, device)
+
+    def random(which):
+        return cases.restride(torch.randn(layout.shape, generator=generator).to(device, problem["dtypes"][which]), problem["strides"][which])
+
+    def flags():
+        return (torch.rand(layout.shape, generator=generator) < 0.1).to(device, problem["flags"])
+
+    rewards, values = random(0), random(1)
+    mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
+    options = dict(layout.options, gamma=problem["gamma"], lam=problem["lam"])
+    if problem["flags"] is not None:
+        options["terminated"] = flags()
+    if problem["follow"] in ("next_values", "truncated"):
+        options["next_values"] = random(2)
+    if problem["follow"] == "truncated":
+        options["truncated"] = (torch.rand(layout.shape, generator=generator) < 0.1).to(device)
+    if problem["follow"] == "bootstrap":
+        options["bootstrap_values"] = torch.randn(layout.num_seqs, generator=generator).to(device, problem["dtypes"][2])
+    return rewards, values, mask if mask is None else cases.restride(mask.to(device), problem["strides"][3]), options
+
+
+@given(problem=problems())
+def test_matches_reference(device, problem):
+    rewards, values, mask, options = build(problem, device)
+    if problem["tensors"]:
+        options |= {name: torch.tensor(options[name], dtype=torch.float64, device=device) for name in ("gamma", "lam")}
+    check(rewards, values, mask, **options)
+
+
+@given(problem=problems())
+def test_gradients_match_reference(device, problem):
+    rewards, values, mask, options = build(problem, "cpu")
+    if rewards.numel() > 400:
+        rewards, values = rewards[..., :1], values[..., :1]
+        if problem["kind"] == "packed":
+            return
+        mask = None if mask is None else mask[..., :1]
+        options = {k: v[..., :1] if isinstance(v, torch.Tensor) and v.dim() == rewards.dim() and k != "bootstrap_values" else v for k, v in options.items()}
+        if options.get("bootstrap_values") is not None:
+            options["bootstrap_values"] = options["bootstrap_values"][: 1 if options["time_dim"] == 0 else rewards.shape[0]]
+    weights = torch.randn(2, *rewards.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    names = [name for name in ("next_values", "bootstrap_values") if options.get(name) is not None]
+
+    def gradients(function, where):
+        leaves = [x.to(where, torch.float64).detach().clone().requires_grad_() for x in (rewards, values, *(options[name] for name in names))]
+        others = {k: v.to(where) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        out = function(leaves[0], leaves[1], None if mask is None else mask.to(where), **{**others, **dict(zip(names, leaves[2:]))})
+        total = (out.advantages * weights[0].to(where)).sum() + (out.returns * weights[1].to(where)).sum()
+        if not total.requires_grad:
+            return [torch.zeros_like(x) for x in leaves]
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
+
+    for name, got, expected in zip(["rewards", "values", *names], gradients(fused_critic.gae, device), gradients(reference.gae, "cpu")):
+        cases.assert_close(got, expected, 1e-10, f"gradient of {name}")
+
+
+SHAPES = {
+    "one": (1, 1),
+    "one column": (7, 1),
+    "odd T": (3, 7),
+    "a warp's tile and one": (2, 129),
+    "longer than a tile": (2, 1500),
+    "many short rows": (3000, 5),
+    "longer than a span": (1, 20000),
+    "few long": (3, 9000),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_shapes(device, shape, masked, time_dim):
+    generator = torch.Generator().manual_seed(0)
+    shape = shape if time_dim == -1 else shape[::-1]
+    rewards, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    mask = cases.mask(shape, torch.bool, generator).to(device) if masked else None
+    check(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+
+
+def test_packed_with_one_long_segment(device):
+    generator = torch.Generator().manual_seed(1)
+    cu_seqlens = torch.tensor([0, 0, 3, 9003, 9003, 9100], device=device)
+    rewards, values = (torch.randn(9100, generator=generator).to(device) for _ in range(2))
+    check(rewards, values, cu_seqlens=cu_seqlens, bootstrap_values=torch.randn(5, generator=generator).to(device), gamma=0.99, lam=0.95)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (0, 0)])
+def test_empty(device, shape):
+    empty = torch.empty(shape, device=device)
+    got = fused_critic.gae(empty, empty, torch.empty(shape, dtype=torch.bool, device=device), gamma=0.99, lam=0.95)
+    assert got.advantages.shape == got.returns.shape == shape
+
+
+def test_gradients_of_empty(device):
+    bootstrap = torch.randn(3, device=device, requires_grad=True)
+    rewards = torch.empty(3, 0, device=device, requires_grad=True)
+    fused_critic.gae(rewards, rewards, bootstrap_values=bootstrap, gamma=0.9, lam=0.9).advantages.sum().backward()
+    assert rewards.grad.shape == (3, 0) and bootstrap.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_masked_contents_have_no_influence(device, layout, poison):
+    generator = torch.Generator().manual_seed(2)
+    arranged = cases.layout(layout, 5, 75, generator, device)
+    rewards, values, next_values = (torch.randn(arranged.shape, generator=generator).to(device) for _ in range(3))
+    terminated, truncated = ((torch.rand(arranged.shape, generator=generator) < 0.1).float().to(device) for _ in range(2))
+    mask = cases.mask(arranged.shape, torch.bool, generator).to(device)
+
+    def run(tensors, ends, cuts):
+        reward, value, following = (x.clone().requires_grad_() for x in tensors)
+        out = fused_critic.gae(reward, value, mask, next_values=following, terminated=ends, truncated=cuts, gamma=0.99, lam=0.95, **arranged.options)
+        (out.advantages.sum() + out.returns.square().sum()).backward()
+        return *out, reward.grad, value.grad, following.grad
+
+    clean = run((rewards, values, next_values), terminated, truncated)
+    dirty = run([torch.where(mask, x, poison) for x in (rewards, values, next_values)], *(torch.where(mask, x, 1.0) for x in (terminated, truncated)))
+    for a, b in zip(clean, dirty):
+        cases.assert_same_bits(a, b)
+
+
+def test_single_sequence_bootstrap_may_be_0d(device):
+    rewards, values = torch.randn(20, device=device), torch.randn(20, device=device)
+    bootstrap = torch.tensor(0.7, device=device, requires_grad=True)
+    a = fused_critic.gae(rewards, values, bootstrap_values=bootstrap, gamma=0.9, lam=0.8)
+    b = fused_critic.gae(rewards, values, bootstrap_values=bootstrap.detach().view(1), gamma=0.9, lam=0.8)
+    cases.assert_same_bits(a.advantages, b.advantages)
+    a.advantages.sum().backward()
+    assert bootstrap.grad.shape == ()
+
+
+def test_only_one_output_used(device):
+    rewards = torch.randn(3, 30, device=device, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(3, 30, device=device, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(fused_critic.gae(rewards, values, gamma=0.9, lam=0.8).returns.sum(), rewards)
+    (expected,) = torch.autograd.grad(reference.gae(rewards.cpu(), values.cpu(), gamma=0.9, lam=0.8).returns.sum(), rewards)
+    cases.assert_close(grad, expected, 1e-10)
+
+
+def test_half_precision_gradients_come_in_the_inputs_dtype(device):
+    rewards = torch.randn(3, 9, device=device, dtype=torch.bfloat16, requires_grad=True)
+    values = torch.randn(3, 9, device=device, dtype=torch.float16, requires_grad=True)
+    fused_critic.gae(rewards, values, gamma=0.9, lam=0.8).advantages.sum().backward()
+    assert rewards.grad.dtype == torch.bfloat16 and values.grad.dtype == torch.float16
+
+
+def test_same_bits_on_every_run(device):
+    generator = torch.Generator().manual_seed(3)
+    rewards, values = (torch.randn(3, 9000, generator=generator).to(device) for _ in range(2))
+    mask = cases.mask((3, 9000), torch.bool, generator).to(device)
+    first, second = (fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95) for _ in range(2))
+    for a, b in zip(first, second):
+        cases.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 50_000), (2, 20_000), (37, 300)])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked):
+    generator = torch.Generator().manual_seed(4)
+    shape = shape if time_dim == -1 else shape[::-1]
+    rewards, values = (torch.randn(shape, generator=generator) for _ in range(2))
+    mask = cases.mask(shape, torch.bool, generator) if masked else None
+    results = []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        results.append(fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim))
+    for other in results[1:]:
+        cases.assert_same_bits(other.advantages, results[0].advantages)
+        cases.assert_same_bits(other.returns, results[0].returns)
+
+
+def test_offsets_beyond_31_bits(device):
+    far = 2**31 + 5
+    storage = torch.empty(2 * far, dtype=torch.bfloat16, device=device)
+    for rewards in (storage[far : far + 12].view(2, 6), storage.as_strided((2, 6), (far, 1)), storage.as_strided((6, 2), (1, far)).t()):
+        rewards.copy_(torch.randn(2, 6, generator=torch.Generator().manual_seed(5)))
+        check(rewards, torch.ones(2, 6, device=device), gamma=0.99, lam=0.95)
+
+
+def test_whiten(device):
+    generator = torch.Generator().manual_seed(6)
+    rewards, values = (torch.randn(4, 30, generator=generator).to(device) for _ in range(2))
+    mask = cases.mask((4, 30), torch.bool, generator).to(device)
+    plain = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95)
+    white = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, whiten=True)
+    cases.assert_same_bits(plain.returns, white.returns)
+    cases.assert_close(white.advantages, fused_critic.masked_whiten(plain.advantages, mask), 1e-6)

@@ -1,0 +1,270 @@
+"""How the operators behave inside of torch: opcheck, gradcheck, compile, export, torch.func, repeated backward, autocast."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import cases
+import fused_critic
+
+ops = torch.ops.fused_critic
+
+
+def inputs(device, shape=(4, 9), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values, old_values, returns = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    return values, old_values, returns, cases.mask(shape, torch.bool, generator).to(device)
+
+
+def number(x, device):
+    return torch.tensor(x, dtype=torch.float64, device=device)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_value_loss(device, grad, dtype):
+    values, old, returns, mask = inputs(device)
+    values = values.to(dtype).requires_grad_(grad)
+    for reduction in cases.REDUCTIONS:
+        torch.library.opcheck(ops.value_loss.default, (values, old, returns, mask), {"reduction": reduction})
+    torch.library.opcheck(ops.value_loss.default, (values, None, returns), {"clip": False})
+    torch.library.opcheck(ops.value_loss.default, (values, old, returns, mask), {"time_dim": 0, "reduction": "seq-mean-token-mean"})
+    torch.library.opcheck(ops.value_loss.tensor, (values, old, returns, mask, None, number(-0.2, device), number(0.2, device), number(7, device)), {})
+    flat = [x.detach().reshape(-1) for x in (values, old, returns, mask)]
+    cu_seqlens = torch.tensor([0, 9, 9, 36], device=device)
+    torch.library.opcheck(ops.value_loss.default, (flat[0].requires_grad_(grad), *flat[1:], cu_seqlens), {"reduction": "seq-mean-token-mean"})
+
+
+def test_opcheck_value_loss_backward(device):
+    values, old, returns, mask = inputs(device)
+    for reduction in ("token-mean", "seq-mean-token-mean", "none"):
+        loss, _, residuals = ops.value_loss(values, old, returns, mask, reduction=reduction)
+        options = {"clip": True, "reduction": reduction, "time_dim": -1}
+        torch.library.opcheck(ops.value_loss_backward.default, (torch.ones_like(loss), values, old, returns, mask, None, residuals), options)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_opcheck_gae(device, grad):
+    values, next_values, rewards, mask = inputs(device)
+    rewards, values = rewards.requires_grad_(grad), values.requires_grad_(grad)
+    done = mask.roll(1, 0)
+    numbers = {"gamma": 0.9, "lam": 0.8}
+    torch.library.opcheck(ops.gae.default, (rewards, values, mask), numbers)
+    torch.library.opcheck(ops.gae.default, (rewards, values, mask, done, done.roll(1, 1), next_values.requires_grad_(grad)), numbers)
+    torch.library.opcheck(ops.gae.default, (rewards, values, None, None, None, None, values.detach()[0].requires_grad_(grad)), {**numbers, "time_dim": 0})
+    torch.library.opcheck(ops.gae.tensor, (rewards, values, number(0.9, device), number(0.8, device), mask), {})
+    wanted = {"has_next_values": False, "wanted": [True, True, False, True], "mask_mode": "skip", "time_dim": -1}
+    arguments = (rewards.detach(), None, mask, done, None, None, number(0.9, device), number(0.8, device))
+    torch.library.opcheck(ops.gae_backward.default, arguments, wanted)
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("clip_range", [0.2, (-0.1, 0.4), None])
+def test_gradcheck_value_loss(device, reduction, clip_range):
+    values, old, returns, mask = inputs(device, dtype=torch.float64)
+    function = lambda v: fused_critic.value_loss(v, old, returns, mask, clip_range=clip_range, reduction=reduction).loss  # noqa: E731
+    assert torch.autograd.gradcheck(function, values.requires_grad_())
+
+
+@pytest.mark.parametrize("follow", ["nothing", "bootstrap_values", "next_values"])
+def test_gradcheck_gae(device, follow):
+    values, other, rewards, mask = inputs(device, dtype=torch.float64)
+    extra = {"nothing": [], "bootstrap_values": [other[:, 0].clone()], "next_values": [other]}[follow]
+    leaves = [x.requires_grad_() for x in (rewards, values, *extra)]
+    terminated = mask.roll(1, 1)
+
+    def function(rewards, values, *extra):
+        return tuple(fused_critic.gae(rewards, values, mask, terminated=terminated, gamma=0.9, lam=0.8, **{follow: x for x in extra}))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_second_backward_is_exact(device):
+    values, old, returns, mask = inputs(device)
+    values.requires_grad_()
+    loss = fused_critic.value_loss(values, old, returns, mask).loss
+    (first,) = torch.autograd.grad(loss, values, torch.tensor(3.0, device=device), retain_graph=True)
+    (second,) = torch.autograd.grad(loss, values, torch.tensor(3.0, device=device), retain_graph=True)
+    cases.assert_same_bits(first, second)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_changing_a_saved_tensor_is_noticed(device):
+    values, old, returns, mask = inputs(device)
+    loss = fused_critic.value_loss(values.requires_grad_(), old, returns, mask).loss
+    returns.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_double_backward_raises(device):
+    values, old, returns, mask = inputs(device)
+    for function, name in (
+        (lambda v: fused_critic.value_loss(v, old, returns, mask).loss, "value_loss"),
+        (lambda v: fused_critic.gae(returns, v, mask, gamma=0.9, lam=0.8).advantages.square().sum(), "gae"),
+    ):
+        leaf = values.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"fused_critic.{name}: double backward is not supported"):
+            grad.sum().backward()
+
+
+def test_no_graph_under_no_grad(device):
+    values, old, returns, mask = inputs(device)
+    values.requires_grad_()
+    with torch.no_grad():
+        assert not fused_critic.value_loss(values, old, returns, mask).loss.requires_grad
+        assert not fused_critic.gae(returns, values, gamma=0.9, lam=0.8).advantages.requires_grad
+    with torch.inference_mode():
+        assert fused_critic.value_loss(values, old, returns, mask).loss.is_inference()
+    output = fused_critic.value_loss(values, old, returns, mask)
+    assert output.loss.requires_grad and not output.stats.moments.requires_grad
+
+
+def critic_step(values, old_values, rewards, mask, clip_range, count, gamma, lam):
+    advantages, returns = fused_critic.gae(rewards, values.detach(), mask, gamma=gamma, lam=lam)
+    loss, stats = fused_critic.value_loss(values, old_values, returns, mask, clip_range=clip_range, batch_num_tokens=count)
+    return advantages, loss, stats
+
+
+def run_step(function, device, shape, numbers):
+    values, old, rewards, mask = inputs(device, shape)
+    advantages, loss, stats = function(values.requires_grad_(), old, rewards, mask, *numbers)
+    loss.backward()
+    return advantages, loss.detach(), values.grad, stats.moments
+
+
+STEPS = [(0.2, 10, 0.99, 0.95), (0.3, 11, 0.98, 0.9), (0.25, 17, 0.97, 0.8), (0.1, 27, 0.9, 0.7)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(device, backend):
+    if backend == "inductor" and device != "cpu":
+        pytest.skip("inductor on cuda needs Triton and a GPU to run it")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(critic_step, backend=counter, fullgraph=True, dynamic=True)
+    for numbers, shape in zip(STEPS, [(4, 9), (4, 9), (5, 12), (6, 13)]):
+        for got, expected in zip(run_step(compiled, device, shape, numbers), run_step(critic_step, device, shape, numbers)):
+            cases.assert_close(got, expected, 1e-6)
+    assert counter.frame_count == 1, "a number or a shape that changed was compiled again"
+
+
+def test_compile_with_tensor_numbers_never_recompiles(device):
+    """Without dynamic=True torch itself specialises on a Python number first; 0-d tensors avoid even that."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(critic_step, backend=counter, fullgraph=True)
+    compilations = 0  # of the first call
+    for numbers in STEPS:
+        tensors = [number(x, device) for x in numbers]
+        for got, expected in zip(run_step(compiled, device, (4, 9), tensors), run_step(critic_step, device, (4, 9), numbers)):
+            cases.assert_close(got, expected, 1e-6)
+        compilations = compilations or counter.frame_count
+    assert counter.frame_count == compilations
+
+
+def test_compile_raw_operators(device):
+    torch._dynamo.reset()
+    values, old, returns, mask = inputs(device)
+
+    def step(values):
+        loss, stats, _ = ops.value_loss(values, old, returns, mask, reduction="seq-mean-token-mean")
+        return loss + ops.gae(returns, values, mask, gamma=0.9, lam=0.8)[0].square().mean(), stats
+
+    results = []
+    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaf = values.clone().requires_grad_()
+        loss, stats = function(leaf)
+        loss.backward()
+        results.append((loss, stats, leaf.grad))
+    for got, expected in zip(*results):
+        cases.assert_close(got, expected, 1e-6)
+
+
+class CriticStep(torch.nn.Module):
+    def forward(self, values, old_values, rewards, mask):
+        _, returns = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95)
+        loss, stats = fused_critic.value_loss(values, old_values, returns, mask)
+        return loss, stats.explained_variance
+
+
+def test_export(device):
+    rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
+    program = torch.export.export(CriticStep(), inputs(device), dynamic_shapes=({0: rows, 1: columns},) * 4)
+    other = inputs(device, (7, 5), seed=1)
+    for got, expected in zip(program.module()(*other), CriticStep()(*other)):
+        cases.assert_close(got, expected, 1e-6)
+
+
+def test_func_grad(device):
+    values, old, returns, mask = inputs(device)
+    function = lambda v: fused_critic.value_loss(v, old, returns, mask).loss  # noqa: E731
+    leaf = values.clone().requires_grad_()
+    function(leaf).backward()
+    cases.assert_same_bits(torch.func.grad(function)(values), leaf.grad)
+    grads, stats = torch.func.grad(lambda v: tuple(fused_critic.value_loss(v, old, returns, mask)), has_aux=True)(values)
+    cases.assert_same_bits(grads, leaf.grad)
+    assert isinstance(stats, fused_critic.ValueLossStats)
+    through_gae = lambda v: fused_critic.gae(returns, v, mask, gamma=0.9, lam=0.8).advantages.square().sum()  # noqa: E731
+    leaf = values.clone().requires_grad_()
+    through_gae(leaf).backward()
+    cases.assert_same_bits(torch.func.grad(through_gae)(values), leaf.grad)
+
+
+def test_func_vmap(device):
+    """An ensemble of critics: a leading dimension on values alone."""
+    _, old, returns, mask = inputs(device)
+    ensemble = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(1)).to(device)
+    loss = lambda v: fused_critic.value_loss(v, old, returns, mask).loss  # noqa: E731
+    advantages = lambda v: fused_critic.gae(returns, v, mask, gamma=0.9, lam=0.8).advantages  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own fallback would warn
+        for function in (loss, torch.func.grad(loss), advantages):
+            cases.assert_same_bits(torch.func.vmap(function)(ensemble), torch.stack([function(v) for v in ensemble]))
+        cases.assert_same_bits(torch.func.vmap(loss, in_dims=2)(ensemble.movedim(0, 2)), torch.stack([loss(v) for v in ensemble]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(device, dtype):
+    arguments = inputs(device)
+    expected = fused_critic.value_loss(*arguments).loss
+    with torch.autocast(device, dtype=dtype):
+        cases.assert_same_bits(fused_critic.value_loss(*arguments).loss, expected)
+
+
+def test_statistics_under_compile_and_pytree(device):
+    arguments = inputs(device)
+    stats = fused_critic.value_loss(*arguments).stats
+    leaves, spec = torch.utils._pytree.tree_flatten(stats)
+    assert len(leaves) == 1 and torch.utils._pytree.tree_unflatten(leaves, spec) == stats
+    merged = torch.compile(lambda a, b: a + b, backend="aot_eager", fullgraph=True)(stats, stats)
+    assert math.isclose(merged.num_tokens.item(), 2 * stats.num_tokens.item())
+
+
+def test_deterministic_algorithms_mode(device):
+    arguments = inputs(device)
+    expected = fused_critic.value_loss(*arguments).loss
+    torch.use_deterministic_algorithms(True)
+    try:
+        cases.assert_same_bits(fused_critic.value_loss(*arguments).loss, expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_second_device_and_side_stream(device):
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    expected = [run_step(critic_step, "cpu", (5, 40), STEPS[0])]
+    stream = torch.cuda.Stream("cuda:1")
+    with torch.cuda.stream(stream):
+        got = run_step(critic_step, "cuda:1", (5, 40), STEPS[0])
+    stream.synchronize()
+    for a, b in zip(got, expected[0]):
+        assert a.device == torch.device("cuda:1")
+        cases.assert_close(a, b, 1e-5)
