@@ -25,9 +25,7 @@ def say(line):
 
 def import_torch():
     if importlib.util.find_spec("torch") is None:
-        raise build_config.BuildError(
-            "there is no torch at build time: install torch first, then: pip install --no-build-isolation ."
-        )
+        raise build_config.BuildError("there is no torch at build time: install torch first, then: pip install --no-build-isolation .")
     try:
         import torch
     except (ImportError, OSError) as error:

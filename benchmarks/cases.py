@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 import fused_critic
+import torch
 from fused_critic.integrations import verl as fused_verl
 
 from .harness import Case, Contender, Settings, case
@@ -50,9 +49,7 @@ def call_value_loss_forward(settings: Settings) -> Case:
         contenders=[
             Contender("torch.ops.fused_critic.value_loss", lambda: op(v, o, R, m), lambda out: out[:1]),
             Contender("fused_critic.value_loss", lambda: fused_critic.value_loss(v, o, R, m), lambda out: out[:1]),
-            Contender(
-                "integrations.verl.compute_value_loss", lambda: fused_verl.compute_value_loss(v, R, o, m, CLIP), lambda out: out[:1]
-            ),
+            Contender("integrations.verl.compute_value_loss", lambda: fused_verl.compute_value_loss(v, R, o, m, CLIP), lambda out: out[:1]),
             Contender("verl eager", lambda: settings.verl.compute_value_loss(v, R, o, m, CLIP), lambda out: out[:1], goal=5),
             Contender("torch.add with grad", lambda: torch.add(v, o)),
         ],
@@ -74,9 +71,7 @@ def call_value_loss_forward_backward(settings: Settings) -> Case:
                 lambda: gradient(fused_verl.compute_value_loss(v, R, o, m, CLIP)[0], v),
                 lambda out: [out],
             ),
-            Contender(
-                "verl eager", lambda: gradient(settings.verl.compute_value_loss(v, R, o, m, CLIP)[0], v), lambda out: [out], goal=3
-            ),
+            Contender("verl eager", lambda: gradient(settings.verl.compute_value_loss(v, R, o, m, CLIP)[0], v), lambda out: [out], goal=3),
             Contender("torch.add and its gradient", lambda: torch.autograd.grad(torch.add(v, o), v, ones)),
         ],
     )

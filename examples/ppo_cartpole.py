@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import fused_critic
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 from tqdm import tqdm
-
-import fused_critic
 
 ENVS, HORIZON = 16, 128  # B and T of a rollout
 EPOCHS, MINIBATCHES = 6, 4

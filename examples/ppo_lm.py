@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import fused_critic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
-
-import fused_critic
 
 PAD, SEP, EOS, VOCAB = 10, 11, 12, 13  # the digits 0-9 are their own tokens
 MIN_DIGITS, MAX_DIGITS = 3, 12

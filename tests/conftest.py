@@ -4,7 +4,9 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
+)
 hypothesis.settings.register_profile("quick", parent=hypothesis.settings.get_profile("default"), max_examples=15)
 
 

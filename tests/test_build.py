@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fused_critic
 import pytest
 import torch
-
-import fused_critic
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -2,10 +2,9 @@
 
 import math
 
+import fused_critic
 import pytest
 import torch
-
-import fused_critic
 
 V = torch.randn(4, 6)
 N = torch.randn(24)
@@ -28,7 +27,12 @@ PACKED_GAE = {"rewards": N, "values": N}
 
 TABLE = [
     # shapes: nothing is broadcast
-    (loss, {"returns": V[:, :1]}, ValueError, r"value_loss: returns: expected shape \[4, 6\] \(that of values\), got \[4, 1\]; nothing is broadcast"),
+    (
+        loss,
+        {"returns": V[:, :1]},
+        ValueError,
+        r"value_loss: returns: expected shape \[4, 6\] \(that of values\), got \[4, 1\]; nothing is broadcast",
+    ),
     (loss, {"returns": V[:, 0]}, ValueError, r"value_loss: returns: expected shape \[4, 6\].*got \[4\]"),
     (loss, {"old_values": V[:2]}, ValueError, r"value_loss: old_values: expected shape \[4, 6\].*got \[2, 6\]"),
     (loss, {"mask": torch.ones(4, 1)}, ValueError, r"value_loss: mask: expected shape \[4, 6\].*got \[4, 1\]"),
@@ -38,42 +42,117 @@ TABLE = [
     (gae, {"values": V.t()}, ValueError, r"gae: values: expected shape \[4, 6\] \(that of rewards\), got \[6, 4\]"),
     (gae, {"mask": torch.ones(6)}, ValueError, r"gae: mask: expected shape \[4, 6\].*got \[6\]"),
     (gae, {"terminated": torch.ones(4, 1)}, ValueError, r"gae: terminated: expected shape \[4, 6\].*got \[4, 1\]"),
-    (gae, {"bootstrap_values": torch.ones(6)}, ValueError, r"gae: bootstrap_values: expected shape \[4\] \(one value per sequence\), got \[6\]"),
+    (
+        gae,
+        {"bootstrap_values": torch.ones(6)},
+        ValueError,
+        r"gae: bootstrap_values: expected shape \[4\] \(one value per sequence\), got \[6\]",
+    ),
     (gae, {"bootstrap_values": torch.ones(4, 1)}, ValueError, r"gae: bootstrap_values: expected shape \[4\].*got \[4, 1\]"),
     (gae, {"time_dim": -3}, ValueError, r"gae: time_dim: expected a dimension of rewards.*got -3"),
     # dtypes
     (loss, {"values": V.long()}, TypeError, r"value_loss: values: expected a floating dtype.*got Long"),
     (loss, {"old_values": V.int()}, TypeError, r"value_loss: old_values: expected a floating dtype.*got Int"),
     (loss, {"returns": V.bool()}, TypeError, r"value_loss: returns: expected a floating dtype.*got Bool"),
-    (loss, {"mask": V.to(torch.complex64)}, TypeError, r"value_loss: mask: expected bool, an integer, float64, float32, bfloat16 or float16, got ComplexFloat"),
+    (
+        loss,
+        {"mask": V.to(torch.complex64)},
+        TypeError,
+        r"value_loss: mask: expected bool, an integer, float64, float32, bfloat16 or float16, got ComplexFloat",
+    ),
     (gae, {"rewards": V.long()}, TypeError, r"gae: rewards: expected a floating dtype.*got Long"),
     (gae, {"bootstrap_values": torch.ones(4, dtype=torch.int64)}, TypeError, r"gae: bootstrap_values: expected a floating dtype.*got Long"),
     # cu_seqlens
     (loss, PACKED_LOSS | {"cu_seqlens": cu_seqlens(1, 24)}, ValueError, r"value_loss: cu_seqlens: expected to start at 0, got 1"),
-    (loss, PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 9, 5, 24)}, ValueError, r"value_loss: cu_seqlens: expected no decrease, got 9 then 5 at index 1"),
-    (loss, PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 23)}, ValueError, r"value_loss: cu_seqlens: expected to end at the number of tokens, 24, got 23"),
-    (loss, PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 24).float()}, TypeError, r"value_loss: cu_seqlens: expected int32 or int64, got Float"),
-    (loss, PACKED_LOSS | {"cu_seqlens": cu_seqlens()}, ValueError, r"value_loss: cu_seqlens: expected shape \[number of sequences \+ 1\], got \[0\]"),
-    (loss, {"cu_seqlens": cu_seqlens(0, 24)}, ValueError, r"value_loss: values: expected the packed shape \[N\] beside cu_seqlens, got \[4, 6\]"),
-    (gae, PACKED_GAE | {"cu_seqlens": cu_seqlens(0, 25, dtype=torch.int32)}, ValueError, r"gae: cu_seqlens: expected to end at the number of tokens, 24, got 25"),
+    (
+        loss,
+        PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 9, 5, 24)},
+        ValueError,
+        r"value_loss: cu_seqlens: expected no decrease, got 9 then 5 at index 1",
+    ),
+    (
+        loss,
+        PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 23)},
+        ValueError,
+        r"value_loss: cu_seqlens: expected to end at the number of tokens, 24, got 23",
+    ),
+    (
+        loss,
+        PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 24).float()},
+        TypeError,
+        r"value_loss: cu_seqlens: expected int32 or int64, got Float",
+    ),
+    (
+        loss,
+        PACKED_LOSS | {"cu_seqlens": cu_seqlens()},
+        ValueError,
+        r"value_loss: cu_seqlens: expected shape \[number of sequences \+ 1\], got \[0\]",
+    ),
+    (
+        loss,
+        {"cu_seqlens": cu_seqlens(0, 24)},
+        ValueError,
+        r"value_loss: values: expected the packed shape \[N\] beside cu_seqlens, got \[4, 6\]",
+    ),
+    (
+        gae,
+        PACKED_GAE | {"cu_seqlens": cu_seqlens(0, 25, dtype=torch.int32)},
+        ValueError,
+        r"gae: cu_seqlens: expected to end at the number of tokens, 24, got 25",
+    ),
     (gae, PACKED_GAE | {"cu_seqlens": cu_seqlens(0, -1, 24)}, ValueError, r"gae: cu_seqlens: expected no decrease, got 0 then -1"),
-    (gae, PACKED_GAE | {"cu_seqlens": cu_seqlens(0, 24), "bootstrap_values": torch.ones(2)}, ValueError, r"gae: bootstrap_values: expected shape \[1\].*got \[2\]"),
+    (
+        gae,
+        PACKED_GAE | {"cu_seqlens": cu_seqlens(0, 24), "bootstrap_values": torch.ones(2)},
+        ValueError,
+        r"gae: bootstrap_values: expected shape \[1\].*got \[2\]",
+    ),
     # numbers
-    (loss, {"clip_range": -0.1}, ValueError, r"value_loss: clip_range: expected a number >= 0 or a pair \(low, high\) with low <= high, got \(0.1, -0.1\)"),
+    (
+        loss,
+        {"clip_range": -0.1},
+        ValueError,
+        r"value_loss: clip_range: expected a number >= 0 or a pair \(low, high\) with low <= high, got \(0.1, -0.1\)",
+    ),
     (loss, {"clip_range": math.nan}, ValueError, r"value_loss: clip_range: expected a number >= 0"),
     (loss, {"clip_range": (0.3, 0.1)}, ValueError, r"value_loss: clip_range: .*got \(0.3, 0.1\)"),
     (loss, {"clip_range": (1, 2, 3)}, ValueError, r"value_loss: clip_range: expected a pair \(low, high\), got 3 elements"),
     (loss, {"clip_range": "wide"}, TypeError, r"value_loss: clip_range: expected a number, a pair, a 0-d tensor or None, got 'wide'"),
     (loss, {"clip_range": torch.ones(2)}, ValueError, r"value_loss: clip_low: expected a number or a 0-d tensor, got shape \[2\]"),
     (loss, {"dp_size": 2}, ValueError, r"value_loss: dp_size: expected batch_num_tokens beside dp_size > 1.*got dp_size 2 alone"),
-    (loss, {"dp_size": 2, "reduction": "seq-mean-token-mean"}, ValueError, r"value_loss: dp_size: expected global_batch_size beside dp_size > 1"),
-    (loss, {"dp_size": 2, "reduction": "seq-mean-token-sum", "batch_num_tokens": 8}, ValueError, r"value_loss: dp_size: expected global_batch_size"),
+    (
+        loss,
+        {"dp_size": 2, "reduction": "seq-mean-token-mean"},
+        ValueError,
+        r"value_loss: dp_size: expected global_batch_size beside dp_size > 1",
+    ),
+    (
+        loss,
+        {"dp_size": 2, "reduction": "seq-mean-token-sum", "batch_num_tokens": 8},
+        ValueError,
+        r"value_loss: dp_size: expected global_batch_size",
+    ),
     (loss, {"dp_size": 0}, ValueError, r"value_loss: dp_size: expected a positive number, got 0"),
     (loss, {"batch_num_tokens": -1}, ValueError, r"value_loss: batch_num_tokens: expected a count, at least 0, got -1"),
     (loss, {"global_batch_size": math.nan}, ValueError, r"value_loss: global_batch_size: expected a count, at least 0, got nan"),
-    (loss, {"batch_num_tokens": torch.ones(3)}, ValueError, r"value_loss: batch_num_tokens: expected a number or a 0-d tensor, got shape \[3\]"),
-    (loss, {"reduction": "seq-mean-token-sum-norm", "loss_scale_factor": 0}, ValueError, r"value_loss: loss_scale_factor: expected a positive number, got 0"),
-    (loss, PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 24), "reduction": "seq-mean-token-sum-norm"}, ValueError, r"value_loss: loss_scale_factor: expected a number for"),
+    (
+        loss,
+        {"batch_num_tokens": torch.ones(3)},
+        ValueError,
+        r"value_loss: batch_num_tokens: expected a number or a 0-d tensor, got shape \[3\]",
+    ),
+    (
+        loss,
+        {"reduction": "seq-mean-token-sum-norm", "loss_scale_factor": 0},
+        ValueError,
+        r"value_loss: loss_scale_factor: expected a positive number, got 0",
+    ),
+    (
+        loss,
+        PACKED_LOSS | {"cu_seqlens": cu_seqlens(0, 24), "reduction": "seq-mean-token-sum-norm"},
+        ValueError,
+        r"value_loss: loss_scale_factor: expected a number for",
+    ),
     (gae, {"gamma": 1.5}, ValueError, r"gae: gamma: expected a number in \[0, 1\], got 1.5"),
     (gae, {"lam": -0.1}, ValueError, r"gae: lam: expected a number in \[0, 1\], got -0.1"),
     (gae, {"gamma": math.nan}, ValueError, r"gae: gamma: expected a number in \[0, 1\], got nan"),
@@ -84,7 +163,12 @@ TABLE = [
     (gae, {"mask_mode": "jump"}, ValueError, r"gae: mask_mode: expected one of skip, zero, reset, ignore, got 'jump'"),
     # what belongs together
     (loss, {"old_values": None}, ValueError, r"value_loss: old_values: expected a tensor beside a clip range, got None"),
-    (loss, {"returns": V.clone().requires_grad_()}, ValueError, r"value_loss: returns: expected a tensor without gradient .*; detach\(\) it"),
+    (
+        loss,
+        {"returns": V.clone().requires_grad_()},
+        ValueError,
+        r"value_loss: returns: expected a tensor without gradient .*; detach\(\) it",
+    ),
     (loss, {"old_values": V.clone().requires_grad_()}, ValueError, r"value_loss: old_values: expected a tensor without gradient"),
     (gae, {"truncated": V > 0}, ValueError, r"gae: next_values: expected a tensor beside truncated.*got None"),
     (gae, {"next_values": V, "bootstrap_values": V[:, 0]}, ValueError, r"gae: bootstrap_values: expected None beside next_values"),
@@ -97,7 +181,9 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("function, arguments, error, message", TABLE, ids=[f"{i}-{t[0].__name__}-{'-'.join(t[1])}" for i, t in enumerate(TABLE)])
+@pytest.mark.parametrize(
+    "function, arguments, error, message", TABLE, ids=[f"{i}-{t[0].__name__}-{'-'.join(t[1])}" for i, t in enumerate(TABLE)]
+)
 def test_bad_input(function, arguments, error, message):
     with pytest.raises(error, match="fused_critic." + message):
         function(**arguments)

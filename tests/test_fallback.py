@@ -1,12 +1,11 @@
 """The composite implementation for devices without kernels, called on CPU tensors and compared with the kernels."""
 
-import pytest
-import torch
-from hypothesis import given
-
 import cases
 import fused_critic
+import pytest
+import torch
 from fused_critic import _fallback
+from hypothesis import given
 from test_gae import build as build_gae
 from test_gae import problems as gae_problems
 from test_value_loss import draw_inputs
@@ -24,7 +23,13 @@ def test_value_loss(problem):
     mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
     clip_range = problem["clip_range"]
     low, high = (0.0, 0.0) if clip_range is None else clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
-    options = {"clip_low": low, "clip_high": high, "clip": clip_range is not None, "reduction": problem["reduction"], "loss_scale_factor": 7.0}
+    options = {
+        "clip_low": low,
+        "clip_high": high,
+        "clip": clip_range is not None,
+        "reduction": problem["reduction"],
+        "loss_scale_factor": 7.0,
+    }
     if problem["count"] is not None:
         options |= {"batch_num_tokens": 11.0, "global_batch_size": 11.0, "dp_size": problem["dp_size"]}
     arguments = (*tensors, mask, layout.cu_seqlens)
@@ -53,8 +58,22 @@ def test_gae(problem):
         assert a.dtype == b.dtype and a.stride() == b.stride()
         cases.assert_close(a, b, cases.tolerance(a.dtype), "outputs")
     gamma, lam = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("gamma", "lam"))
-    backward = (expected[0], expected[1].cos(), mask, options.get("terminated"), options.get("truncated"), options.get("cu_seqlens"), gamma, lam)
-    common = {"has_next_values": options.get("next_values") is not None, "wanted": [True] * 4, "mask_mode": "skip", "time_dim": options["time_dim"]}
+    backward = (
+        expected[0],
+        expected[1].cos(),
+        mask,
+        options.get("terminated"),
+        options.get("truncated"),
+        options.get("cu_seqlens"),
+        gamma,
+        lam,
+    )
+    common = {
+        "has_next_values": options.get("next_values") is not None,
+        "wanted": [True] * 4,
+        "mask_mode": "skip",
+        "time_dim": options["time_dim"],
+    }
     for a, b in zip(_fallback._gae_backward(*backward, **common), ops.gae_backward(*backward, **common)):
         assert a.dtype == b.dtype
         cases.assert_close(a, b, cases.tolerance(a.dtype), "gradients")

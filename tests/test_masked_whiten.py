@@ -2,11 +2,10 @@
 
 import math
 
-import pytest
-import torch
-
 import cases
 import fused_critic
+import pytest
+import torch
 
 
 def expected(x, mask, shift_mean=True, unbiased=True, eps=1e-8):

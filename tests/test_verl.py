@@ -17,10 +17,9 @@ import sys
 import types
 from pathlib import Path
 
+import fused_critic
 import pytest
 import torch
-
-import fused_critic
 import verl_session
 import verl_wheel
 from fused_critic.integrations import verl as fused_verl

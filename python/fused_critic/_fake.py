@@ -16,14 +16,19 @@ def _num_sequences(reference, cu_seqlens, time_dim):
 
 
 def _check_shapes(op, reference_name, reference, **others):
-    torch._check_value(reference.dim() in (1, 2), lambda: f"fused_critic.{op}: {reference_name}: expected 1 or 2 dimensions, got shape {list(reference.shape)}")
+    torch._check_value(
+        reference.dim() in (1, 2),
+        lambda: f"fused_critic.{op}: {reference_name}: expected 1 or 2 dimensions, got shape {list(reference.shape)}",
+    )
     for name, x in others.items():
         if x is None:
             continue
         torch._check_value(
             x.dim() == reference.dim() and all(a == b for a, b in zip(x.shape, reference.shape)),
-            lambda name=name, x=x: f"fused_critic.{op}: {name}: expected shape {list(reference.shape)} (that of {reference_name}), "
-            f"got {list(x.shape)}; nothing is broadcast",
+            lambda name=name, x=x: (
+                f"fused_critic.{op}: {name}: expected shape {list(reference.shape)} (that of {reference_name}), "
+                f"got {list(x.shape)}; nothing is broadcast"
+            ),
         )
 
 
@@ -75,7 +80,16 @@ def _gae_backward(
 
 
 def _value_loss_tensor(
-    values, old_values, returns, mask=None, cu_seqlens=None, clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, **options
+    values,
+    old_values,
+    returns,
+    mask=None,
+    cu_seqlens=None,
+    clip_low=None,
+    clip_high=None,
+    batch_num_tokens=None,
+    global_batch_size=None,
+    **options,
 ):
     return _value_loss(
         values, old_values, returns, mask, cu_seqlens,

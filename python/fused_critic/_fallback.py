@@ -84,7 +84,9 @@ class _Sequences:
 
 def _token_losses(values, old_values, returns, mask, low, high, clip, dtype):
     """Weight, value, return, loss, gradient, clipped and outside flags per token; zeros at masked tokens."""
-    weight = torch.ones_like(values, dtype=dtype) if mask is None else (mask.to(dtype) if mask.is_floating_point() else (mask != 0).to(dtype))
+    weight = (
+        torch.ones_like(values, dtype=dtype) if mask is None else (mask.to(dtype) if mask.is_floating_point() else (mask != 0).to(dtype))
+    )
     valid = weight != 0
     v, ret = (torch.where(valid, x.to(dtype), 0) for x in (values, returns))
     error = v - ret
@@ -182,7 +184,11 @@ def _gae(
     _check("gae", "rewards", rewards, values=values, mask=mask, terminated=terminated, truncated=truncated, next_values=next_values)
     if truncated is not None and next_values is None:
         raise ValueError("fused_critic.gae: next_values: expected a tensor beside truncated, got None")
-    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in (rewards, values, next_values, bootstrap_values)) else torch.float32
+    dtype = (
+        torch.float64
+        if any(x is not None and x.dtype == torch.float64 for x in (rewards, values, next_values, bootstrap_values))
+        else torch.float32
+    )
     gamma, lam = (torch.as_tensor(x, dtype=dtype, device=rewards.device) for x in (gamma, lam))
     seqs = _Sequences(rewards, cu_seqlens, time_dim)
     valid, ends, stops = _flags(seqs, rewards, mask, terminated, truncated)
@@ -255,7 +261,16 @@ def _moment_type(x: Tensor) -> torch.dtype:
 
 
 def _value_loss_tensor(
-    values, old_values, returns, mask=None, cu_seqlens=None, clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, **options
+    values,
+    old_values,
+    returns,
+    mask=None,
+    cu_seqlens=None,
+    clip_low=None,
+    clip_high=None,
+    batch_num_tokens=None,
+    global_batch_size=None,
+    **options,
 ):
     return _value_loss(
         values, old_values, returns, mask, cu_seqlens,

@@ -239,7 +239,9 @@ def masked_whiten(
 
 def _reject_criterion(criterion: str) -> None:
     if criterion in ("huber", "smooth_l1", "l1"):
-        raise NotImplementedError(f"fused_critic.value_loss: criterion: expected 'mse', got '{criterion}', which this version does not have yet")
+        raise NotImplementedError(
+            f"fused_critic.value_loss: criterion: expected 'mse', got '{criterion}', which this version does not have yet"
+        )
     raise ValueError(f"fused_critic.value_loss: criterion: expected one of mse, huber, smooth_l1, l1, got {criterion!r}")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # Order of the moments: enum Moment in csrc/value_loss.h.
 _TOKENS, _WEIGHT, _LOSS, _CLIPPED, _OUTSIDE, _VALUE, _VALUE_SQ, _RETURN, _RETURN_SQ, _ERROR, _ERROR_SQ, _SEQUENCES, _MIN, _MAX = range(14)
@@ -17,15 +18,16 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)
 
 
-class ValueLossStats(NamedTuple):
+@dataclass(frozen=True)
+class ValueLossStats:
     """Moments of one or more value-loss calls, in one float64 tensor of 14 elements on the inputs' device.
 
     Every property is a 0-d tensor on that device: reading one costs no synchronisation, :meth:`to_dict` exactly one. Sums run over
     the valid tokens, each times its weight (1 under a bool or integer mask). With no valid token every property is 0
     (``value_min`` and ``value_max`` too).
 
-    ``a + b`` merges two micro-batches and :meth:`all_reduce` merges ranks as if their tokens had been one call's. As a NamedTuple it is
-    a pytree: it passes through ``torch.compile`` and ``torch.func`` transforms.
+    ``a + b`` merges two micro-batches and :meth:`all_reduce` merges ranks as if their tokens had been one call's. It is a pytree: it
+    passes through ``torch.compile`` and ``torch.func`` transforms.
     """
 
     moments: Tensor
@@ -112,7 +114,7 @@ class ValueLossStats(NamedTuple):
         mean = _ratio(self.moments[first], weight)
         return (_ratio(self.moments[first + 1], weight) - mean * mean).clamp(min=0)
 
-    def __add__(self, other: ValueLossStats) -> ValueLossStats:  # type: ignore[override]  # a merge, not a tuple's concatenation
+    def __add__(self, other: ValueLossStats) -> ValueLossStats:
         if not isinstance(other, ValueLossStats):
             return NotImplemented
         return self.merge([self, other])
@@ -146,3 +148,11 @@ def _merge(rows: Tensor) -> Tensor:
 
 
 _PROPERTIES = [name for name, member in vars(ValueLossStats).items() if isinstance(member, property)]
+
+# Not a NamedTuple: torch.compile may take `+` of two tuples for their concatenation.
+pytree.register_pytree_node(
+    ValueLossStats,
+    lambda stats: ([stats.moments], None),
+    lambda leaves, _: ValueLossStats(*leaves),
+    serialized_type_name="fused_critic.ValueLossStats",
+)

@@ -1,0 +1,43 @@
+"""The CPU kernels give the same bits on every instruction set."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# Every dtype, with gaps and odd lengths; prints the instruction set and a digest of all results.
+PROGRAM = """
+import hashlib, torch, fused_critic
+digest = hashlib.sha256()
+generator = torch.Generator().manual_seed(0)
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    x = [torch.randn(5, 1237, generator=generator).to(dtype) for _ in range(3)]
+    mask = torch.rand(5, 1237, generator=generator) < 0.7
+    for time_dim in (0, 1):
+        values = x[0].clone().requires_grad_()
+        loss, stats = fused_critic.value_loss(values, x[1], x[2], mask, reduction="seq-mean-token-mean", time_dim=time_dim)
+        loss.backward()
+        out = fused_critic.gae(x[2], x[0], mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+        for tensor in (loss.detach(), stats.moments, values.grad, *out, fused_critic.gae(x[2], x[0], gamma=0.99, lam=0.95).returns):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(torch.ops.fused_critic._cpu_capability(), digest.hexdigest())
+"""
+
+
+def run(capability):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_same_bits():
+    best = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() != "x86_64" or best == "DEFAULT":
+        pytest.skip("needs an x86-64 CPU with AVX2: there is one instruction set to choose from here")
+    expected = run("default")
+    assert expected[0] == "DEFAULT"
+    for capability in ["avx2"] + (["avx512"] if best == "AVX512" else []):
+        assert run(capability) == [capability.upper(), expected[1]]
