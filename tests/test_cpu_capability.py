@@ -22,7 +22,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         loss.backward()
         out = fused_critic.gae(x[2], x[0], mask, gamma=0.99, lam=0.95, time_dim=time_dim)
         for tensor in (loss.detach(), stats.moments, values.grad, *out, fused_critic.gae(x[2], x[0], gamma=0.99, lam=0.95).returns):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 print(torch.ops.fused_critic._cpu_capability(), digest.hexdigest())
 """
 
