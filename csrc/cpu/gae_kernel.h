@@ -179,8 +179,8 @@ inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScrat
 }
 
 template <typename T>
-T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T lam, T carry, ScanMode mode, Affine<T>* total) {
-  const GaeCoefficients<T> c = gae_coefficients<T>(gamma * lam, p.next_values.data != nullptr ? T(0) : gamma);
+T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T gamma_lam, T carry, ScanMode mode, Affine<T>* total) {
+  const GaeCoefficients<T> c = gae_coefficients<T>(gamma_lam, p.next_values.data != nullptr ? T(0) : gamma);
   GaeScratch<T> s;
   for (int64_t stop = end; stop > begin; stop -= kTile) {
     const int64_t start = std::max(begin, stop - kTile), n = stop - start;
@@ -225,9 +225,9 @@ inline void gae_step_of_columns(const GaeTile<T>& t, T gamma_lam, T carried, T* 
 }
 
 template <typename T>
-void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T lam) {
+void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T gamma_lam) {
   const bool next = p.next_values.data != nullptr;
-  const T gamma_lam = gamma * lam, carried = next ? T(0) : gamma;
+  const T carried = next ? T(0) : gamma;
   GaeScratch<T> s;
   alignas(64) T carries[kTile] = {};
   if (!next && p.bootstrap_values.data != nullptr) {
@@ -254,9 +254,8 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T la
 
 // The adjoint is a plain loop: it runs only where somebody differentiates through GAE.
 template <typename T>
-void gae_adjoint(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T lam) {
+void gae_adjoint(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T gamma_lam) {
   alignas(64) T grad_adv[kTile], grad_ret[kTile], valid[kTile], terminated[kTile], truncated[kTile], d_reward[kTile], d_value[kTile], d_next[kTile];
-  const T gamma_lam = gamma * lam;
   T carry = T(0);  // (1 - done) p of the previous valid position; without next_values there is no truncation, so it serves V too
   for (int64_t start = 0; start < length; start += kTile) {
     const int64_t n = std::min(kTile, length - start);

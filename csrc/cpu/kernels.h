@@ -40,13 +40,13 @@ template <typename T>
 struct GaeKernels {
   // Tokens [begin, end) of one sequence (operands start at element `seq`), from the last to the first. Takes the carry that enters and returns
   // the one that leaves. Aggregating modes also leave the composed map of the range in *total; kAggregate writes nothing else.
-  T (*rows)(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T lam, T carry, ScanMode mode, Affine<T>* total);
+  T (*rows)(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T gamma_lam, T carry, ScanMode mode, Affine<T>* total);
   // One element of an operand.
   T (*element)(const Operand& x, int64_t index);
   // All time steps of the sequences [first, first + count), count <= kTile, in lock-step.
-  void (*columns)(const GaeParams& p, int64_t first, int64_t count, T gamma, T lam);
+  void (*columns)(const GaeParams& p, int64_t first, int64_t count, T gamma, T gamma_lam);
   // Adjoint of one sequence of `length` tokens, from the first to the last.
-  void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T lam);
+  void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T gamma_lam);
 };
 
 struct Kernels {

@@ -252,7 +252,10 @@ def _pair(clip_range):
 
 
 def _has_tensor(*numbers) -> bool:
-    return any(isinstance(x, Tensor) for x in numbers)
+    for x in numbers:  # a generator inside of any() would cost as much as the rest of the wrapper
+        if isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _as_tensor(x: Number | None, like: Tensor) -> Tensor | None:
