@@ -194,24 +194,25 @@ template <typename T>
 Partial column_walk(const ValueLossParams& p, T low, T high) {
   const LossKernels<T>& kernel = loss_kernels<T>();
   const ColumnGrid grid(p.layout);
-  const int64_t seqs = p.layout.num_seqs;
+  const int64_t seqs = p.layout.num_seqs, parts = grid.time_blocks * seqs;
+  const bool sums = p.reduction == Reduction::kSeqMeanTokenMean, none = p.reduction == Reduction::kNone;
   std::vector<Partial> partials(grid.chunks());
-  std::vector<SeqPart> parts(grid.time_blocks * seqs);
+  // Of each sequence within each block of time, side by side so that the loops over columns vectorise.
+  std::vector<double> loss(sums ? parts : 0), weight(sums ? parts : 0);
+  std::vector<uint8_t> any(parts);
   at::parallel_for(0, grid.chunks(), 1, [&](int64_t first, int64_t last) {
     T token_loss[kTile], token_weight[kTile];
     for (int64_t c = first; c < last; ++c) {
-      SeqPart* columns = parts.data() + c / grid.column_blocks * seqs;
       grid.for_each_tile(p.layout, c, [&](const TileSpec& tile) {
-        kernel.forward(p, tile, low, high, partials[c].moments, token_loss, token_weight);
-        if (p.reduction == Reduction::kNone) kernel.store_tokens(token_loss, p.tokens, tile);
+        kernel.forward(p, tile, low, high, partials[c].moments, sums || none ? token_loss : nullptr, token_weight);
+        if (none) kernel.store_tokens(token_loss, p.tokens, tile);
+        const int64_t at = c / grid.column_blocks * seqs + tile.first_seq;
         for (int64_t l = 0; l < tile.lines; ++l) {
-          for (int64_t i = 0; i < tile.length; ++i) {
-            SeqPart& part = columns[tile.first_seq + i];
-            const T weight = token_weight[l * tile.length + i];
-            part.loss += token_loss[l * tile.length + i];
-            part.weight += weight;
-            part.any = part.any || weight != T(0);
-          }
+          const T* w = token_weight + l * tile.length;
+          for (int64_t i = 0; i < tile.length; ++i) any[at + i] |= uint8_t(w[i] != T(0));
+          if (!sums) continue;
+          for (int64_t i = 0; i < tile.length; ++i) loss[at + i] += double(token_loss[l * tile.length + i]);
+          for (int64_t i = 0; i < tile.length; ++i) weight[at + i] += double(w[i]);
         }
       });
     }
@@ -221,11 +222,11 @@ Partial column_walk(const ValueLossParams& p, T low, T high) {
   for (int64_t s = 0; s < seqs; ++s) {
     SeqPart sum;
     sum.seq = s;
-    for (int64_t b = 0; b < grid.time_blocks; ++b) {
-      const SeqPart& part = parts[b * seqs + s];
-      sum.loss += part.loss;
-      sum.weight += part.weight;
-      sum.any = sum.any || part.any;
+    for (int64_t i = s; i < parts; i += seqs) {
+      sum.any = sum.any || any[i];
+      if (!sums) continue;
+      sum.loss += loss[i];
+      sum.weight += weight[i];
     }
     close(p, sum, total);
   }
