@@ -149,6 +149,39 @@ def test_shapes(device, shape, masked, time_dim):
     check(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim)
 
 
+# Sizes on both sides of every change of algorithm (several rows a warp, a warp a row, a block a row, a row over many blocks), aligned and
+# not; dtypes for each kind of access. Compared with the float64 CPU kernels, which the tests above hold against the reference.
+ACCESS = {
+    "float32": (torch.float32, torch.float32, torch.bool),
+    "bfloat16 and int64": (torch.bfloat16, torch.float32, torch.int64),
+    "float64": (torch.float64, torch.float64, torch.bool),
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 64), (2, 128), (3, 132), (2, 512), (3, 1024), (2, 1030), (2, 5000), (1, 20000)], ids=str)
+@pytest.mark.parametrize("access", ACCESS)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_outputs_and_gradients_at_every_size(device, shape, access, masked, time_dim):
+    if time_dim == 0:
+        shape = (shape[1] // shape[0], 8 * shape[0])
+    value_dtype, dtype, mask_dtype = ACCESS[access]
+    generator = torch.Generator().manual_seed(10)
+    values = torch.randn(shape, generator=generator).to(value_dtype)
+    rewards, *weights = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    mask = cases.mask(shape, mask_dtype, generator) if masked else None
+
+    def run(where, wide):
+        leaves = [x.to(where, wide or x.dtype).requires_grad_() for x in (rewards, values)]
+        out = fused_critic.gae(*leaves, mask if mask is None else mask.to(where), gamma=0.99, lam=0.95, time_dim=time_dim)
+        total = sum((x * w.to(where, x.dtype)).sum() for x, w in zip(out, weights))
+        return *out, *torch.autograd.grad(total, leaves)
+
+    results = zip(("advantages", "returns", "gradient of rewards", "gradient of values"), run(device, None), run("cpu", torch.float64))
+    for name, got, expected in results:
+        cases.assert_close(got, expected, max(cases.tolerance(dtype), cases.ROUNDING[got.dtype]), name)
+
+
 def test_packed_with_one_long_segment(device):
     generator = torch.Generator().manual_seed(1)
     cu_seqlens = torch.tensor([0, 0, 3, 9003, 9003, 9100], device=device)

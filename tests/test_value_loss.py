@@ -103,12 +103,13 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
-def test_shapes(device, shape, reduction, time_dim):
+@pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
+def test_shapes(device, shape, reduction, time_dim, clip_range):
     generator = torch.Generator().manual_seed(0)
     shape = shape if time_dim == -1 else shape[::-1]
     tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
     mask = cases.mask(shape, torch.bool, generator).to(device)
-    check(*tensors, mask, reduction=reduction, time_dim=time_dim)
+    check(*tensors, mask, reduction=reduction, time_dim=time_dim, clip_range=clip_range)
 
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
