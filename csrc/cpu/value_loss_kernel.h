@@ -17,6 +17,15 @@ inline const T* load_tile(const Operand& x, const TileSpec& tile, T* scratch) {
   return load_rect(x, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length}, scratch);
 }
 
+// What a tile's mask is. A floating one weighs tokens; any other, or the padding of a tile's end, only says which are there.
+enum class MaskKind { kNone, kFlags, kWeights };
+
+inline MaskKind mask_kind(const Operand& mask) {
+  if (mask.data == nullptr) return MaskKind::kNone;
+  const bool floating = mask.dtype == DType::kFloat64 || mask.dtype == DType::kFloat32 || mask.dtype == DType::kBFloat16 || mask.dtype == DType::kFloat16;
+  return floating ? MaskKind::kWeights : MaskKind::kFlags;
+}
+
 // The mask as weights; a missing one weighs every token 1.
 template <typename T>
 inline const T* load_weights(const Operand& mask, const TileSpec& tile, T* scratch) {
@@ -25,88 +34,90 @@ inline const T* load_weights(const Operand& mask, const TileSpec& tile, T* scrat
   return scratch;
 }
 
-template <typename T>
-struct LossInputs {
-  Vec<T> v, old, ret, w;
-};
-
-// Masked tokens enter the arithmetic as zeros: whatever lies there has no influence.
-template <typename T, bool kClip>
-FUSED_CRITIC_INLINE LossInputs<T> load_inputs(const T* v, const T* old, const T* ret, const T* w) {
-  const Vec<T> zero = Vec<T>::all(T(0));
-  LossInputs<T> in;
-  in.w = Vec<T>::load(w);
-  const Mask<T> valid = in.w != zero;
-  in.v = select(valid, Vec<T>::load(v), zero);
-  in.old = kClip ? select(valid, Vec<T>::load(old), zero) : zero;
-  in.ret = select(valid, Vec<T>::load(ret), zero);
-  return in;
-}
-
-// math/value_loss.h in lanes.
+// math/value_loss.h in lanes, without its factor 0.5.
 template <typename T>
 struct LossLanes {
-  Vec<T> loss, grad;
-  Mask<T> clipped, outside;
+  Vec<T> d, dc;                  // v - R and vc - R
+  Vec<T> unclipped, clipped;     // their squares
+  Vec<T> vc, low_bound;
 };
 
 template <typename T, bool kClip>
-FUSED_CRITIC_INLINE LossLanes<T> token_loss(const LossInputs<T>& in, const Vec<T>& low, const Vec<T>& high) {
-  const Vec<T> zero = Vec<T>::all(T(0)), half = Vec<T>::all(T(0.5));
+FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const Vec<T>& old, const Vec<T>& ret, const Vec<T>& low, const Vec<T>& high) {
   LossLanes<T> out;
-  const Vec<T> d = in.v - in.ret;
-  const Vec<T> unclipped = half * d * d;
-  if constexpr (!kClip) {
-    out.loss = unclipped;
-    out.grad = d;
-    out.clipped = out.outside = zero != zero;
-    return out;
-  } else {
-    const Vec<T> lo = in.old + low, hi = in.old + high;
-    const Mask<T> below = in.v < lo, above = in.v > hi;
-    const Vec<T> dc = select(below, lo, select(above, hi, in.v)) - in.ret;
-    const Vec<T> clipped = half * dc * dc;
-    const Vec<T> nan_of_old = select(lo != lo, lo, zero);
-    out.clipped = clipped > unclipped;
-    out.outside = below | above;
-    out.loss = select(out.clipped, clipped, unclipped) + nan_of_old;
-    out.grad = select(out.clipped, zero, d) + nan_of_old;
-    return out;
+  out.d = v - ret;
+  out.unclipped = out.d * out.d;
+  if constexpr (kClip) {
+    out.low_bound = old + low;
+    out.vc = min(max(v, out.low_bound), old + high);  // NaN where old is NaN
+    out.dc = out.vc - ret;
+    out.clipped = out.dc * out.dc;
   }
+  return out;
 }
 
 // Sums of one tile. Value, return and error are summed about a centre (the tile's first valid token), so that their squares keep
-// their digits when the mean is far from zero; the raw moments are put together in double.
+// their digits when the mean is far from zero; the raw moments are put together in double. The error's own sum follows from the other two.
 template <typename T>
 struct LossSums {
-  Vec<T> tokens, weight, loss, clipped, outside, value, value_sq, ret, ret_sq, error, error_sq, value_min, value_max;
+  Vec<T> loss, value, value_sq, ret, ret_sq, error_sq, value_min, value_max;  // loss: without the factor 0.5
+  Mask<T> tokens, clipped, outside;                                           // counted (unless there is no mask, the first)
+  Vec<T> weight, clipped_weight, outside_weight;                              // MaskKind::kWeights
 };
 
-// One group of kLanes tokens.
-template <typename T, bool kClip>
-FUSED_CRITIC_INLINE void accumulate(LossSums<T>& s, const LossInputs<T>& in, const Vec<T>& low, const Vec<T>& high, const Vec<T>& centre_v, const Vec<T>& centre_r, T* token_out) {
-  const Vec<T> zero = Vec<T>::all(T(0)), one = Vec<T>::all(T(1));
-  const Mask<T> valid = in.w != zero;
-  const LossLanes<T> l = token_loss<T, kClip>(in, low, high);
-  const Vec<T> weighted = in.w * l.loss;
-  if (token_out != nullptr) weighted.store(token_out);
-  s.loss = s.loss + weighted;
-  s.tokens = s.tokens + select(valid, one, zero);
-  s.weight = s.weight + in.w;
-  if constexpr (kClip) {
-    s.clipped = s.clipped + select(l.clipped, in.w, zero);
-    s.outside = s.outside + select(l.outside, in.w, zero);
+// One group of kLanes tokens. Masked ones are put on the centre, whatever lies there: they add 0 to every moment.
+template <typename T, bool kClip, MaskKind kMask>
+FUSED_CRITIC_INLINE void accumulate(LossSums<T>& s, const T* values, const T* old_values, const T* returns, const T* weights, const Vec<T>& low, const Vec<T>& high,
+                                    const Vec<T>& centre_v, const Vec<T>& centre_r, T* token_out) {
+  const Vec<T> zero = Vec<T>::all(T(0));
+  Vec<T> v = Vec<T>::load(values), ret = Vec<T>::load(returns), old = zero, w = zero;
+  if constexpr (kClip) old = Vec<T>::load(old_values);
+  Mask<T> valid;
+  if constexpr (kMask != MaskKind::kNone) {
+    w = Vec<T>::load(weights);
+    valid = w != zero;
+    v = select(valid, v, centre_v);
+    ret = select(valid, ret, centre_r);
+    count(s.tokens, valid);
   }
-  const Vec<T> dv = in.v - centre_v, dr = in.ret - centre_r, de = (in.ret - in.v) - (centre_r - centre_v);
-  const Vec<T> wv = in.w * dv, wr = in.w * dr, we = in.w * de;
+  const LossLanes<T> l = token_loss<T, kClip>(v, old, ret, low, high);
+  Vec<T> loss = l.unclipped;
+  if constexpr (kClip) {
+    loss = max(l.clipped, l.unclipped);  // NaN where v or R is
+    loss = loss + select(l.low_bound != l.low_bound, l.low_bound, zero);
+    Mask<T> clipped = l.clipped > l.unclipped, outside = l.vc != v;
+    if constexpr (kMask != MaskKind::kNone) {
+      clipped = clipped & valid;
+      outside = outside & valid;
+    }
+    if constexpr (kMask == MaskKind::kWeights) {
+      s.clipped_weight = s.clipped_weight + select(clipped, w, zero);
+      s.outside_weight = s.outside_weight + select(outside, w, zero);
+    } else {
+      count(s.clipped, clipped);
+      count(s.outside, outside);
+    }
+  }
+  Vec<T> dv = v - centre_v, dr = ret - centre_r;
+  const Vec<T> de = l.d + (centre_r - centre_v);  // of the sign that its square does not see
+  Vec<T> wv = dv, wr = dr, we = de;
+  if constexpr (kMask == MaskKind::kWeights) {
+    loss = w * loss;
+    wv = w * dv;
+    wr = w * dr;
+    we = w * de;
+    s.weight = s.weight + select(valid, w, zero);
+  }
+  if constexpr (kMask != MaskKind::kNone) loss = select(valid, loss, zero);
+  if (token_out != nullptr) (loss * Vec<T>::all(T(0.5))).store(token_out);
+  s.loss = s.loss + loss;
   s.value = s.value + wv;
   s.value_sq = s.value_sq + wv * dv;
   s.ret = s.ret + wr;
   s.ret_sq = s.ret_sq + wr * dr;
-  s.error = s.error + we;
   s.error_sq = s.error_sq + we * de;
-  s.value_min = select(valid, select(in.v < s.value_min, in.v, s.value_min), s.value_min);
-  s.value_max = select(valid, select(in.v > s.value_max, in.v, s.value_max), s.value_max);
+  s.value_min = min(v, s.value_min);
+  s.value_max = max(v, s.value_max);
 }
 
 inline void add_centred(double* moments, Moment first, double weight, double centre, double sum, double sum_sq) {
@@ -114,7 +125,7 @@ inline void add_centred(double* moments, Moment first, double weight, double cen
   moments[first + 1] += weight * centre * centre + 2 * centre * sum + sum_sq;
 }
 
-template <typename T, bool kClip>
+template <typename T, bool kClip, MaskKind kMask>
 inline void loss_tile(const T* v, const T* old, const T* ret, const T* w, int64_t n, T low, T high, double* moments, T* token_loss_out) {
   int64_t first = 0;
   while (first < n && w[first] == T(0)) ++first;
@@ -122,38 +133,51 @@ inline void loss_tile(const T* v, const T* old, const T* ret, const T* w, int64_
     if (token_loss_out != nullptr) std::fill(token_loss_out, token_loss_out + n, T(0));
     return;
   }
-  const Vec<T> zero = Vec<T>::all(T(0)), lows = Vec<T>::all(low), highs = Vec<T>::all(high);
+  const Vec<T> lows = Vec<T>::all(low), highs = Vec<T>::all(high);
   const Vec<T> centre_v = Vec<T>::all(v[first]), centre_r = Vec<T>::all(ret[first]);
-  constexpr T kInf = std::numeric_limits<T>::infinity();
-  LossSums<T> s{zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, Vec<T>::all(kInf), Vec<T>::all(-kInf)};
+  LossSums<T> s = {};
+  s.value_min = s.value_max = centre_v;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const LossInputs<T> in = load_inputs<T, kClip>(v + i, kClip ? old + i : nullptr, ret + i, w + i);
-    accumulate<T, kClip>(s, in, lows, highs, centre_v, centre_r, token_loss_out != nullptr ? token_loss_out + i : nullptr);
+    accumulate<T, kClip, kMask>(s, v + i, kClip ? old + i : nullptr, ret + i, w + i, lows, highs, centre_v, centre_r, token_loss_out != nullptr ? token_loss_out + i : nullptr);
   }
+  double tokens = kMask == MaskKind::kNone ? double(i) : 0;
   if (i < n) {  // the last n % kLanes tokens, padded with masked ones
     T tail[4][kLanes] = {}, out[kLanes];
     std::copy(v + i, v + n, tail[0]);
     if constexpr (kClip) std::copy(old + i, old + n, tail[1]);
     std::copy(ret + i, ret + n, tail[2]);
     std::copy(w + i, w + n, tail[3]);
-    accumulate<T, kClip>(s, load_inputs<T, kClip>(tail[0], tail[1], tail[2], tail[3]), lows, highs, centre_v, centre_r, out);
+    constexpr MaskKind kTailMask = kMask == MaskKind::kNone ? MaskKind::kFlags : kMask;
+    accumulate<T, kClip, kTailMask>(s, tail[0], tail[1], tail[2], tail[3], lows, highs, centre_v, centre_r, out);
     if (token_loss_out != nullptr) std::copy(out, out + (n - i), token_loss_out + i);
   }
-  const double weight = sum(s.weight), cv = first_lane(centre_v), cr = first_lane(centre_r), ce = first_lane(centre_r - centre_v);
-  moments[kTokens] += sum(s.tokens);
+  tokens += total(s.tokens);
+  constexpr bool kWeighted = kMask == MaskKind::kWeights;
+  const double weight = kWeighted ? sum(s.weight) : tokens, sum_v = sum(s.value), sum_r = sum(s.ret);
+  const double cv = first_lane(centre_v), cr = first_lane(centre_r), ce = first_lane(centre_r - centre_v);
+  moments[kTokens] += tokens;
   moments[kWeight] += weight;
-  moments[kLoss] += sum(s.loss);
-  moments[kClipped] += sum(s.clipped);
-  moments[kOutside] += sum(s.outside);
-  add_centred(moments, kValue, weight, cv, sum(s.value), sum(s.value_sq));
-  add_centred(moments, kReturn, weight, cr, sum(s.ret), sum(s.ret_sq));
-  add_centred(moments, kError, weight, ce, sum(s.error), sum(s.error_sq));
+  moments[kLoss] += 0.5 * sum(s.loss);
+  moments[kClipped] += kWeighted ? sum(s.clipped_weight) : total(s.clipped);
+  moments[kOutside] += kWeighted ? sum(s.outside_weight) : total(s.outside);
+  add_centred(moments, kValue, weight, cv, sum_v, sum(s.value_sq));
+  add_centred(moments, kReturn, weight, cr, sum_r, sum(s.ret_sq));
+  add_centred(moments, kError, weight, ce, sum_r - sum_v, sum(s.error_sq));
   T lanes[kLanes];
   s.value_min.store(lanes);
   for (T x : lanes) moments[kValueMin] = std::min(moments[kValueMin], double(x));
   s.value_max.store(lanes);
   for (T x : lanes) moments[kValueMax] = std::max(moments[kValueMax], double(x));
+}
+
+template <typename T, bool kClip>
+inline void loss_tile(MaskKind mask, const T* v, const T* old, const T* ret, const T* w, int64_t n, T low, T high, double* moments, T* token_loss_out) {
+  switch (mask) {
+    case MaskKind::kNone: return loss_tile<T, kClip, MaskKind::kNone>(v, old, ret, w, n, low, high, moments, token_loss_out);
+    case MaskKind::kFlags: return loss_tile<T, kClip, MaskKind::kFlags>(v, old, ret, w, n, low, high, moments, token_loss_out);
+    case MaskKind::kWeights: return loss_tile<T, kClip, MaskKind::kWeights>(v, old, ret, w, n, low, high, moments, token_loss_out);
+  }
 }
 
 template <typename T>
@@ -164,19 +188,21 @@ void loss_forward(const ValueLossParams& p, const TileSpec& tile, T low, T high,
   const T* ret = load_tile(p.returns, tile, scratch[1]);
   const T* w = load_weights(p.mask, tile, scratch[2]);
   if (p.clip) {
-    loss_tile<T, true>(v, load_tile(p.old_values, tile, scratch[3]), ret, w, n, low, high, moments, token_loss_out);
+    loss_tile<T, true>(mask_kind(p.mask), v, load_tile(p.old_values, tile, scratch[3]), ret, w, n, low, high, moments, token_loss_out);
   } else {
-    loss_tile<T, false>(v, nullptr, ret, w, n, low, high, moments, token_loss_out);
+    loss_tile<T, false>(mask_kind(p.mask), v, nullptr, ret, w, n, low, high, moments, token_loss_out);
   }
   if (token_weight != nullptr) std::copy(w, w + n, token_weight);
 }
 
+// upstream: what a token's own gradient v - R is multiplied by, its weight included.
 template <typename T, bool kClip>
 FUSED_CRITIC_INLINE void grad_lanes(const T* v, const T* old, const T* ret, const T* w, const T* upstream, const Vec<T>& low, const Vec<T>& high, T* out) {
   const Vec<T> zero = Vec<T>::all(T(0));
-  const LossInputs<T> in = load_inputs<T, kClip>(v, old, ret, w);
-  const LossLanes<T> l = token_loss<T, kClip>(in, low, high);
-  select(in.w != zero, Vec<T>::load(upstream) * (in.w * l.grad), zero).store(out);
+  const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(v), kClip ? Vec<T>::load(old) : zero, Vec<T>::load(ret), low, high);
+  Vec<T> grad = l.d;
+  if constexpr (kClip) grad = select(l.unclipped >= l.clipped, grad, (grad * zero) * l.dc);  // 0, or NaN where one of the two is
+  select(Vec<T>::load(w) != zero, Vec<T>::load(upstream) * grad, zero).store(out);
 }
 
 template <typename T, bool kClip>
@@ -203,7 +229,7 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
   const T* v = load_tile(p.values, tile, scratch[0]);
   const T* ret = load_tile(p.returns, tile, scratch[1]);
   const T* w = load_weights(p.mask, tile, scratch[2]);
-  // What every token's own gradient is multiplied by: the incoming gradient, the call's scale, the sequence's factor.
+  // The incoming gradient, the call's scale, the sequence's factor, the weight.
   T* upstream = scratch[4];
   if (p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0) {
     std::fill(upstream, upstream + n, T(double(*static_cast<const T*>(p.grad_loss.data)) * scale));
@@ -213,6 +239,9 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
   }
   if (seq_factor != nullptr) {
     for (int64_t i = 0; i < n; ++i) upstream[i] *= seq_factor[i];
+  }
+  if (mask_kind(p.mask) == MaskKind::kWeights) {
+    for (int64_t i = 0; i < n; ++i) upstream[i] *= w[i];
   }
   const Placement at = place(tile, p.grad_values.seq_stride, p.grad_values.time_stride);
   T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
