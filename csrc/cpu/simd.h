@@ -85,17 +85,19 @@ FUSED_CRITIC_INLINE Mask<T> operator&(const Mask<T>& a, const Mask<T>& b) {
   return c;
 }
 
-// Counts lanes that are set, in integers of T's size: a set lane is -1.
+// Masks as counters, lane by lane: a set lane is the integer -1.
 template <typename T>
-FUSED_CRITIC_INLINE void count(Mask<T>& counts, const Mask<T>& m) {
-  for (int i = 0; i < Vec<T>::kParts; ++i) counts.part[i] -= m.part[i];
+FUSED_CRITIC_INLINE Mask<T> operator+(const Mask<T>& a, const Mask<T>& b) {
+  Mask<T> c;
+  for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = a.part[i] + b.part[i];
+  return c;
 }
 
 template <typename T>
-FUSED_CRITIC_INLINE double total(const Mask<T>& counts) {
+FUSED_CRITIC_INLINE double count(const Mask<T>& counters) {
   double sum = 0;
   for (int i = 0; i < Vec<T>::kParts; ++i) {
-    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) sum += double(counts.part[i][lane]);
+    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) sum -= double(counters.part[i][lane]);
   }
   return sum;
 }

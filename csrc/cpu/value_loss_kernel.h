@@ -61,14 +61,38 @@ FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const Vec<T>& old, 
 template <typename T>
 struct LossSums {
   Vec<T> loss, value, value_sq, ret, ret_sq, error_sq, value_min, value_max;  // loss: without the factor 0.5
-  Mask<T> tokens, clipped, outside;                                           // counted (unless there is no mask, the first)
+  Mask<T> tokens, clipped, outside;                                           // counters; tokens: only if there is a mask
   Vec<T> weight, clipped_weight, outside_weight;                              // MaskKind::kWeights
 };
 
-// One group of kLanes tokens. Masked ones are put on the centre, whatever lies there: they add 0 to every moment.
+template <bool kClip, MaskKind kMask, typename T>
+FUSED_CRITIC_INLINE LossSums<T> merge(const LossSums<T>& a, const LossSums<T>& b) {
+  LossSums<T> c;
+  c.loss = a.loss + b.loss;
+  c.value = a.value + b.value;
+  c.value_sq = a.value_sq + b.value_sq;
+  c.ret = a.ret + b.ret;
+  c.ret_sq = a.ret_sq + b.ret_sq;
+  c.error_sq = a.error_sq + b.error_sq;
+  c.value_min = min(a.value_min, b.value_min);
+  c.value_max = max(a.value_max, b.value_max);
+  if constexpr (kMask != MaskKind::kNone) c.tokens = a.tokens + b.tokens;
+  if constexpr (kMask == MaskKind::kWeights) {
+    c.weight = a.weight + b.weight;
+    c.clipped_weight = a.clipped_weight + b.clipped_weight;
+    c.outside_weight = a.outside_weight + b.outside_weight;
+  } else if constexpr (kClip) {
+    c.clipped = a.clipped + b.clipped;
+    c.outside = a.outside + b.outside;
+  }
+  return c;
+}
+
+// The terms of one group of kLanes tokens. Masked ones are put on the centre, whatever lies there: they add 0 to every moment.
 template <typename T, bool kClip, MaskKind kMask>
-FUSED_CRITIC_INLINE void accumulate(LossSums<T>& s, const T* values, const T* old_values, const T* returns, const T* weights, const Vec<T>& low, const Vec<T>& high,
-                                    const Vec<T>& centre_v, const Vec<T>& centre_r, T* token_out) {
+FUSED_CRITIC_INLINE LossSums<T> loss_terms(const T* values, const T* old_values, const T* returns, const T* weights, const Vec<T>& low, const Vec<T>& high,
+                                           const Vec<T>& centre_v, const Vec<T>& centre_r, T* token_out) {
+  LossSums<T> s;
   const Vec<T> zero = Vec<T>::all(T(0));
   Vec<T> v = Vec<T>::load(values), ret = Vec<T>::load(returns), old = zero, w = zero;
   if constexpr (kClip) old = Vec<T>::load(old_values);
@@ -78,7 +102,7 @@ FUSED_CRITIC_INLINE void accumulate(LossSums<T>& s, const T* values, const T* ol
     valid = w != zero;
     v = select(valid, v, centre_v);
     ret = select(valid, ret, centre_r);
-    count(s.tokens, valid);
+    s.tokens = valid;
   }
   const LossLanes<T> l = token_loss<T, kClip>(v, old, ret, low, high);
   Vec<T> loss = l.unclipped;
@@ -91,11 +115,11 @@ FUSED_CRITIC_INLINE void accumulate(LossSums<T>& s, const T* values, const T* ol
       outside = outside & valid;
     }
     if constexpr (kMask == MaskKind::kWeights) {
-      s.clipped_weight = s.clipped_weight + select(clipped, w, zero);
-      s.outside_weight = s.outside_weight + select(outside, w, zero);
+      s.clipped_weight = select(clipped, w, zero);
+      s.outside_weight = select(outside, w, zero);
     } else {
-      count(s.clipped, clipped);
-      count(s.outside, outside);
+      s.clipped = clipped;
+      s.outside = outside;
     }
   }
   Vec<T> dv = v - centre_v, dr = ret - centre_r;
@@ -106,18 +130,19 @@ FUSED_CRITIC_INLINE void accumulate(LossSums<T>& s, const T* values, const T* ol
     wv = w * dv;
     wr = w * dr;
     we = w * de;
-    s.weight = s.weight + select(valid, w, zero);
+    s.weight = w;
+    if constexpr (!kClip) s.clipped_weight = s.outside_weight = zero;
   }
   if constexpr (kMask != MaskKind::kNone) loss = select(valid, loss, zero);
   if (token_out != nullptr) (loss * Vec<T>::all(T(0.5))).store(token_out);
-  s.loss = s.loss + loss;
-  s.value = s.value + wv;
-  s.value_sq = s.value_sq + wv * dv;
-  s.ret = s.ret + wr;
-  s.ret_sq = s.ret_sq + wr * dr;
-  s.error_sq = s.error_sq + we * de;
-  s.value_min = min(v, s.value_min);
-  s.value_max = max(v, s.value_max);
+  s.loss = loss;
+  s.value = wv;
+  s.value_sq = wv * dv;
+  s.ret = wr;
+  s.ret_sq = wr * dr;
+  s.error_sq = we * de;
+  s.value_min = s.value_max = v;
+  return s;
 }
 
 inline void add_centred(double* moments, Moment first, double weight, double centre, double sum, double sum_sq) {
@@ -137,10 +162,14 @@ inline void loss_tile(const T* v, const T* old, const T* ret, const T* w, int64_
   const Vec<T> centre_v = Vec<T>::all(v[first]), centre_r = Vec<T>::all(ret[first]);
   LossSums<T> s = {};
   s.value_min = s.value_max = centre_v;
+  const auto terms = [&](int64_t at) {
+    return loss_terms<T, kClip, kMask>(v + at, kClip ? old + at : nullptr, ret + at, w + at, lows, highs, centre_v, centre_r,
+                                       token_loss_out != nullptr ? token_loss_out + at : nullptr);
+  };
+  // Two groups at a time: there are more sums than registers, and the way of a sum through memory takes longer than the arithmetic of one group.
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    accumulate<T, kClip, kMask>(s, v + i, kClip ? old + i : nullptr, ret + i, w + i, lows, highs, centre_v, centre_r, token_loss_out != nullptr ? token_loss_out + i : nullptr);
-  }
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) s = merge<kClip, kMask>(s, merge<kClip, kMask>(terms(i), terms(i + kLanes)));
+  for (; i + kLanes <= n; i += kLanes) s = merge<kClip, kMask>(s, terms(i));
   double tokens = kMask == MaskKind::kNone ? double(i) : 0;
   if (i < n) {  // the last n % kLanes tokens, padded with masked ones
     T tail[4][kLanes] = {}, out[kLanes];
@@ -149,18 +178,18 @@ inline void loss_tile(const T* v, const T* old, const T* ret, const T* w, int64_
     std::copy(ret + i, ret + n, tail[2]);
     std::copy(w + i, w + n, tail[3]);
     constexpr MaskKind kTailMask = kMask == MaskKind::kNone ? MaskKind::kFlags : kMask;
-    accumulate<T, kClip, kTailMask>(s, tail[0], tail[1], tail[2], tail[3], lows, highs, centre_v, centre_r, out);
+    s = merge<kClip, kTailMask>(s, loss_terms<T, kClip, kTailMask>(tail[0], tail[1], tail[2], tail[3], lows, highs, centre_v, centre_r, out));
     if (token_loss_out != nullptr) std::copy(out, out + (n - i), token_loss_out + i);
   }
-  tokens += total(s.tokens);
+  tokens += count(s.tokens);
   constexpr bool kWeighted = kMask == MaskKind::kWeights;
   const double weight = kWeighted ? sum(s.weight) : tokens, sum_v = sum(s.value), sum_r = sum(s.ret);
   const double cv = first_lane(centre_v), cr = first_lane(centre_r), ce = first_lane(centre_r - centre_v);
   moments[kTokens] += tokens;
   moments[kWeight] += weight;
   moments[kLoss] += 0.5 * sum(s.loss);
-  moments[kClipped] += kWeighted ? sum(s.clipped_weight) : total(s.clipped);
-  moments[kOutside] += kWeighted ? sum(s.outside_weight) : total(s.outside);
+  moments[kClipped] += kWeighted ? sum(s.clipped_weight) : count(s.clipped);
+  moments[kOutside] += kWeighted ? sum(s.outside_weight) : count(s.outside);
   add_centred(moments, kValue, weight, cv, sum_v, sum(s.value_sq));
   add_centred(moments, kReturn, weight, cr, sum_r, sum(s.ret_sq));
   add_centred(moments, kError, weight, ce, sum_r - sum_v, sum(s.error_sq));
