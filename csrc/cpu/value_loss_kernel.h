@@ -56,93 +56,76 @@ FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const Vec<T>& old, 
   return out;
 }
 
-// Sums of one tile. Value, return and error are summed about a centre (the tile's first valid token), so that their squares keep
-// their digits when the mean is far from zero; the raw moments are put together in double. The error's own sum follows from the other two.
+// A tile is read twice, from the first-level cache: one walk for the loss and one for the moments, so that the sums of each stay in registers.
 template <typename T>
 struct LossSums {
-  Vec<T> loss, value, value_sq, ret, ret_sq, error_sq, value_min, value_max;  // loss: without the factor 0.5
-  Mask<T> tokens, clipped, outside;                                           // counters; tokens: only if there is a mask
-  Vec<T> weight, clipped_weight, outside_weight;                              // MaskKind::kWeights
+  Vec<T> loss;                                    // without the factor 0.5
+  Mask<T> tokens, clipped, outside;               // counters; tokens: only if there is a mask
+  Vec<T> weight, clipped_weight, outside_weight;  // MaskKind::kWeights
 };
 
-template <bool kClip, MaskKind kMask, typename T>
-FUSED_CRITIC_INLINE LossSums<T> merge(const LossSums<T>& a, const LossSums<T>& b) {
-  LossSums<T> c;
-  c.loss = a.loss + b.loss;
-  c.value = a.value + b.value;
-  c.value_sq = a.value_sq + b.value_sq;
-  c.ret = a.ret + b.ret;
-  c.ret_sq = a.ret_sq + b.ret_sq;
-  c.error_sq = a.error_sq + b.error_sq;
-  c.value_min = min(a.value_min, b.value_min);
-  c.value_max = max(a.value_max, b.value_max);
-  if constexpr (kMask != MaskKind::kNone) c.tokens = a.tokens + b.tokens;
-  if constexpr (kMask == MaskKind::kWeights) {
-    c.weight = a.weight + b.weight;
-    c.clipped_weight = a.clipped_weight + b.clipped_weight;
-    c.outside_weight = a.outside_weight + b.outside_weight;
-  } else if constexpr (kClip) {
-    c.clipped = a.clipped + b.clipped;
-    c.outside = a.outside + b.outside;
-  }
-  return c;
-}
-
-// The terms of one group of kLanes tokens. Masked ones are put on the centre, whatever lies there: they add 0 to every moment.
+// One group of kLanes tokens. Masked ones are computed like the others and dropped at the end.
 template <typename T, bool kClip, MaskKind kMask>
-FUSED_CRITIC_INLINE LossSums<T> loss_terms(const T* values, const T* old_values, const T* returns, const T* weights, const Vec<T>& low, const Vec<T>& high,
-                                           const Vec<T>& centre_v, const Vec<T>& centre_r, T* token_out) {
-  LossSums<T> s;
-  const Vec<T> zero = Vec<T>::all(T(0));
-  Vec<T> v = Vec<T>::load(values), ret = Vec<T>::load(returns), old = zero, w = zero;
-  if constexpr (kClip) old = Vec<T>::load(old_values);
-  Mask<T> valid;
-  if constexpr (kMask != MaskKind::kNone) {
-    w = Vec<T>::load(weights);
-    valid = w != zero;
-    v = select(valid, v, centre_v);
-    ret = select(valid, ret, centre_r);
-    s.tokens = valid;
-  }
-  const LossLanes<T> l = token_loss<T, kClip>(v, old, ret, low, high);
+FUSED_CRITIC_INLINE void accumulate_loss(LossSums<T>& s, const T* v, const T* old, const T* ret, const T* weights, const Vec<T>& low, const Vec<T>& high, T* token_out) {
+  const Vec<T> zero = Vec<T>::all(T(0)), w = Vec<T>::load(weights), value = Vec<T>::load(v);
+  const Mask<T> valid = w != zero;
+  const LossLanes<T> l = token_loss<T, kClip>(value, kClip ? Vec<T>::load(old) : zero, Vec<T>::load(ret), low, high);
   Vec<T> loss = l.unclipped;
   if constexpr (kClip) {
     loss = max(l.clipped, l.unclipped);  // NaN where v or R is
     loss = loss + select(l.low_bound != l.low_bound, l.low_bound, zero);
-    Mask<T> clipped = l.clipped > l.unclipped, outside = l.vc != v;
+    Mask<T> clipped = l.clipped > l.unclipped, outside = l.vc != value;
     if constexpr (kMask != MaskKind::kNone) {
       clipped = clipped & valid;
       outside = outside & valid;
     }
     if constexpr (kMask == MaskKind::kWeights) {
-      s.clipped_weight = select(clipped, w, zero);
-      s.outside_weight = select(outside, w, zero);
+      s.clipped_weight = s.clipped_weight + select(clipped, w, zero);
+      s.outside_weight = s.outside_weight + select(outside, w, zero);
     } else {
-      s.clipped = clipped;
-      s.outside = outside;
+      s.clipped = s.clipped + clipped;
+      s.outside = s.outside + outside;
     }
   }
-  Vec<T> dv = v - centre_v, dr = ret - centre_r;
-  const Vec<T> de = l.d + (centre_r - centre_v);  // of the sign that its square does not see
-  Vec<T> wv = dv, wr = dr, we = de;
   if constexpr (kMask == MaskKind::kWeights) {
     loss = w * loss;
-    wv = w * dv;
-    wr = w * dr;
-    we = w * de;
-    s.weight = w;
-    if constexpr (!kClip) s.clipped_weight = s.outside_weight = zero;
+    s.weight = s.weight + w;
   }
-  if constexpr (kMask != MaskKind::kNone) loss = select(valid, loss, zero);
+  if constexpr (kMask != MaskKind::kNone) {
+    loss = select(valid, loss, zero);
+    s.tokens = s.tokens + valid;
+  }
   if (token_out != nullptr) (loss * Vec<T>::all(T(0.5))).store(token_out);
-  s.loss = loss;
-  s.value = wv;
-  s.value_sq = wv * dv;
-  s.ret = wr;
-  s.ret_sq = wr * dr;
-  s.error_sq = we * de;
-  s.value_min = s.value_max = v;
-  return s;
+  s.loss = s.loss + loss;
+}
+
+// Value, return and error are summed about a centre (the tile's first valid token), so that their squares keep their digits when the mean is
+// far from zero; the raw moments are put together in double. The error's own sum follows from the other two.
+template <typename T>
+struct MomentSums {
+  Vec<T> value, value_sq, ret, ret_sq, error_sq, value_min, value_max;
+};
+
+// One group of kLanes tokens. Masked ones are put on the centre, whatever lies there: they add 0 to every moment.
+template <typename T, MaskKind kMask>
+FUSED_CRITIC_INLINE void accumulate_moments(MomentSums<T>& s, const T* values, const T* returns, const T* weights, const Vec<T>& centre_v, const Vec<T>& centre_r) {
+  Vec<T> v = Vec<T>::load(values), ret = Vec<T>::load(returns);
+  const Vec<T> w = Vec<T>::load(weights);
+  if constexpr (kMask != MaskKind::kNone) {
+    const Mask<T> valid = w != Vec<T>::all(T(0));
+    v = select(valid, v, centre_v);
+    ret = select(valid, ret, centre_r);
+  }
+  const Vec<T> dv = v - centre_v, dr = ret - centre_r, de = dr - dv;
+  constexpr bool kWeighted = kMask == MaskKind::kWeights;
+  const Vec<T> wv = kWeighted ? w * dv : dv, wr = kWeighted ? w * dr : dr, we = kWeighted ? w * de : de;
+  s.value = s.value + wv;
+  s.value_sq = s.value_sq + wv * dv;
+  s.ret = s.ret + wr;
+  s.ret_sq = s.ret_sq + wr * dr;
+  s.error_sq = s.error_sq + we * de;
+  s.value_min = min(v, s.value_min);
+  s.value_max = max(v, s.value_max);
 }
 
 inline void add_centred(double* moments, Moment first, double weight, double centre, double sum, double sum_sq) {
@@ -161,42 +144,41 @@ inline void loss_tile(const T* v, const T* old, const T* ret, const T* w, int64_
   const Vec<T> lows = Vec<T>::all(low), highs = Vec<T>::all(high);
   const Vec<T> centre_v = Vec<T>::all(v[first]), centre_r = Vec<T>::all(ret[first]);
   LossSums<T> s = {};
-  s.value_min = s.value_max = centre_v;
-  const auto terms = [&](int64_t at) {
-    return loss_terms<T, kClip, kMask>(v + at, kClip ? old + at : nullptr, ret + at, w + at, lows, highs, centre_v, centre_r,
-                                       token_loss_out != nullptr ? token_loss_out + at : nullptr);
-  };
-  // Two groups at a time: there are more sums than registers, and the way of a sum through memory takes longer than the arithmetic of one group.
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) s = merge<kClip, kMask>(s, merge<kClip, kMask>(terms(i), terms(i + kLanes)));
-  for (; i + kLanes <= n; i += kLanes) s = merge<kClip, kMask>(s, terms(i));
-  double tokens = kMask == MaskKind::kNone ? double(i) : 0;
-  if (i < n) {  // the last n % kLanes tokens, padded with masked ones
+  MomentSums<T> m = {};
+  m.value_min = m.value_max = centre_v;
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    accumulate_loss<T, kClip, kMask>(s, v + i, kClip ? old + i : nullptr, ret + i, w + i, lows, highs, token_loss_out != nullptr ? token_loss_out + i : nullptr);
+  }
+  for (int64_t i = 0; i < whole; i += kLanes) accumulate_moments<T, kMask>(m, v + i, ret + i, w + i, centre_v, centre_r);
+  double tokens = kMask == MaskKind::kNone ? double(whole) : 0;
+  if (whole < n) {  // the last n % kLanes tokens, padded with masked ones
     T tail[4][kLanes] = {}, out[kLanes];
-    std::copy(v + i, v + n, tail[0]);
-    if constexpr (kClip) std::copy(old + i, old + n, tail[1]);
-    std::copy(ret + i, ret + n, tail[2]);
-    std::copy(w + i, w + n, tail[3]);
+    std::copy(v + whole, v + n, tail[0]);
+    if constexpr (kClip) std::copy(old + whole, old + n, tail[1]);
+    std::copy(ret + whole, ret + n, tail[2]);
+    std::copy(w + whole, w + n, tail[3]);
     constexpr MaskKind kTailMask = kMask == MaskKind::kNone ? MaskKind::kFlags : kMask;
-    s = merge<kClip, kTailMask>(s, loss_terms<T, kClip, kTailMask>(tail[0], tail[1], tail[2], tail[3], lows, highs, centre_v, centre_r, out));
-    if (token_loss_out != nullptr) std::copy(out, out + (n - i), token_loss_out + i);
+    accumulate_loss<T, kClip, kTailMask>(s, tail[0], tail[1], tail[2], tail[3], lows, highs, out);
+    accumulate_moments<T, kTailMask>(m, tail[0], tail[2], tail[3], centre_v, centre_r);
+    if (token_loss_out != nullptr) std::copy(out, out + (n - whole), token_loss_out + whole);
   }
   tokens += count(s.tokens);
   constexpr bool kWeighted = kMask == MaskKind::kWeights;
-  const double weight = kWeighted ? sum(s.weight) : tokens, sum_v = sum(s.value), sum_r = sum(s.ret);
+  const double weight = kWeighted ? sum(s.weight) : tokens, sum_v = sum(m.value), sum_r = sum(m.ret);
   const double cv = first_lane(centre_v), cr = first_lane(centre_r), ce = first_lane(centre_r - centre_v);
   moments[kTokens] += tokens;
   moments[kWeight] += weight;
   moments[kLoss] += 0.5 * sum(s.loss);
   moments[kClipped] += kWeighted ? sum(s.clipped_weight) : count(s.clipped);
   moments[kOutside] += kWeighted ? sum(s.outside_weight) : count(s.outside);
-  add_centred(moments, kValue, weight, cv, sum_v, sum(s.value_sq));
-  add_centred(moments, kReturn, weight, cr, sum_r, sum(s.ret_sq));
-  add_centred(moments, kError, weight, ce, sum_r - sum_v, sum(s.error_sq));
+  add_centred(moments, kValue, weight, cv, sum_v, sum(m.value_sq));
+  add_centred(moments, kReturn, weight, cr, sum_r, sum(m.ret_sq));
+  add_centred(moments, kError, weight, ce, sum_r - sum_v, sum(m.error_sq));
   T lanes[kLanes];
-  s.value_min.store(lanes);
+  m.value_min.store(lanes);
   for (T x : lanes) moments[kValueMin] = std::min(moments[kValueMin], double(x));
-  s.value_max.store(lanes);
+  m.value_max.store(lanes);
   for (T x : lanes) moments[kValueMax] = std::max(moments[kValueMax], double(x));
 }
 
