@@ -2,12 +2,11 @@
 
 import math
 
+import fused_critic
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-import fused_critic
 
 RANKS = 2
 

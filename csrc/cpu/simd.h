@@ -65,13 +65,6 @@ FUSED_CRITIC_COMPARISON(!=)
 #undef FUSED_CRITIC_COMPARISON
 
 template <typename T>
-FUSED_CRITIC_INLINE Mask<T> operator|(const Mask<T>& a, const Mask<T>& b) {
-  Mask<T> c;
-  for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = a.part[i] | b.part[i];
-  return c;
-}
-
-template <typename T>
 FUSED_CRITIC_INLINE Vec<T> select(const Mask<T>& m, const Vec<T>& a, const Vec<T>& b) {
   Vec<T> c;
   for (int i = 0; i < Vec<T>::kParts; ++i) c.part[i] = m.part[i] ? a.part[i] : b.part[i];

@@ -1,4 +1,4 @@
-// GAE and its adjoint as affine maps of one carried scalar, shared by every kernel.
+// GAE and its adjoint as affine maps of one carried scalar. CUDA kernels call it; the CPU's lanes (cpu/gae_kernel.h) are the same in vectors.
 #pragma once
 
 #include "affine.h"

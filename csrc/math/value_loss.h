@@ -1,4 +1,4 @@
-// The clipped value loss of one token, shared by every kernel.
+// The clipped value loss of one token. CUDA kernels call it; the CPU's lanes (cpu/value_loss_kernel.h) are the same in vectors.
 #pragma once
 
 #include "platform.h"

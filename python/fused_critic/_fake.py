@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._overloads import by_name
 from .stats import NUM_MOMENTS
 
 _RESIDUALS = 3  # scale, clip_low, clip_high; then one factor per sequence for seq-mean-token-mean
@@ -79,34 +80,5 @@ def _gae_backward(
     )
 
 
-def _value_loss_tensor(
-    values,
-    old_values,
-    returns,
-    mask=None,
-    cu_seqlens=None,
-    clip_low=None,
-    clip_high=None,
-    batch_num_tokens=None,
-    global_batch_size=None,
-    **options,
-):
-    return _value_loss(
-        values, old_values, returns, mask, cu_seqlens,
-        clip_low=clip_low, clip_high=clip_high, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size, **options,
-    )  # fmt: skip
-
-
-def _gae_tensor(rewards, values, gamma, lam, *tensors, **options):
-    return _gae(rewards, values, *tensors, gamma=gamma, lam=lam, **options)
-
-
-for _name, _function in {
-    "value_loss": _value_loss,
-    "value_loss.tensor": _value_loss_tensor,
-    "value_loss_backward": _value_loss_backward,
-    "gae": _gae,
-    "gae.tensor": _gae_tensor,
-    "gae_backward": _gae_backward,
-}.items():
+for _name, _function in by_name(_value_loss, _value_loss_backward, _gae, _gae_backward).items():
     torch.library.register_fake(f"fused_critic::{_name}", _function)

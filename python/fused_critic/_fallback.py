@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ._overloads import by_name
 from .stats import NUM_MOMENTS
 
 _warned: set[tuple[str, str]] = set()
@@ -260,35 +261,6 @@ def _moment_type(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
 
 
-def _value_loss_tensor(
-    values,
-    old_values,
-    returns,
-    mask=None,
-    cu_seqlens=None,
-    clip_low=None,
-    clip_high=None,
-    batch_num_tokens=None,
-    global_batch_size=None,
-    **options,
-):
-    return _value_loss(
-        values, old_values, returns, mask, cu_seqlens,
-        clip_low=clip_low, clip_high=clip_high, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size, **options,
-    )  # fmt: skip
-
-
-def _gae_tensor(rewards, values, gamma, lam, *tensors, **options):
-    return _gae(rewards, values, *tensors, gamma=gamma, lam=lam, **options)
-
-
 _library = torch.library.Library("fused_critic", "IMPL")
-for _name, _function in {
-    "value_loss": _value_loss,
-    "value_loss.tensor": _value_loss_tensor,
-    "value_loss_backward": _value_loss_backward,
-    "gae": _gae,
-    "gae.tensor": _gae_tensor,
-    "gae_backward": _gae_backward,
-}.items():
+for _name, _function in by_name(_value_loss, _value_loss_backward, _gae, _gae_backward).items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -1,0 +1,31 @@
+"""One function per operator serves both of its overloads: ".tensor" differs in the order of its arguments alone."""
+
+from __future__ import annotations
+
+
+def by_name(value_loss, value_loss_backward, gae, gae_backward):
+    """Functions with the default overloads' signatures, under the name of every overload."""
+
+    def value_loss_tensor(
+        values, old_values, returns, mask=None, cu_seqlens=None,
+        clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, **options,
+    ):  # fmt: skip
+        numbers = {
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "batch_num_tokens": batch_num_tokens,
+            "global_batch_size": global_batch_size,
+        }
+        return value_loss(values, old_values, returns, mask, cu_seqlens, **numbers, **options)
+
+    def gae_tensor(rewards, values, gamma, lam, *tensors, **options):
+        return gae(rewards, values, *tensors, gamma=gamma, lam=lam, **options)
+
+    return {
+        "value_loss": value_loss,
+        "value_loss.tensor": value_loss_tensor,
+        "value_loss_backward": value_loss_backward,
+        "gae": gae,
+        "gae.tensor": gae_tensor,
+        "gae_backward": gae_backward,
+    }
