@@ -88,11 +88,11 @@ FUSED_CRITIC_INLINE Mask<T> operator+(const Mask<T>& a, const Mask<T>& b) {
 
 template <typename T>
 FUSED_CRITIC_INLINE double count(const Mask<T>& counters) {
-  double sum = 0;
+  typename SameSizeInt<T>::type sum = 0;
   for (int i = 0; i < Vec<T>::kParts; ++i) {
-    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) sum -= double(counters.part[i][lane]);
+    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) sum -= counters.part[i][lane];
   }
-  return sum;
+  return double(sum);
 }
 
 // a > b ? a : b and a < b ? a : b, so b where they are unordered: one instruction on x86, which the compiler does not find by itself.
@@ -155,9 +155,12 @@ FUSED_CRITIC_INLINE T first_lane(const Vec<T>& v) {
 // Sum in a fixed order, in double.
 template <typename T>
 FUSED_CRITIC_INLINE double sum(const Vec<T>& v) {
-  T x[kLanes];
-  v.store(x);
-  return ((double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3]))) + ((double(x[4]) + double(x[5])) + (double(x[6]) + double(x[7])));
+  typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T))));
+  typedef double Wide __attribute__((vector_size(kLanes / 2 * sizeof(double))));
+  Half half[2];
+  std::memcpy(half, &v, sizeof(half));
+  const Wide x = __builtin_convertvector(half[0], Wide) + __builtin_convertvector(half[1], Wide);
+  return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
 }  // namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE

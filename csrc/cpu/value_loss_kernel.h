@@ -208,29 +208,35 @@ void loss_forward(const ValueLossParams& p, const TileSpec& tile, T low, T high,
 
 // upstream: what a token's own gradient v - R is multiplied by, its weight included.
 template <typename T, bool kClip>
-FUSED_CRITIC_INLINE void grad_lanes(const T* v, const T* old, const T* ret, const T* w, const T* upstream, const Vec<T>& low, const Vec<T>& high, T* out) {
+FUSED_CRITIC_INLINE void grad_lanes(const T* v, const T* old, const T* ret, const T* w, const Vec<T>& upstream, const Vec<T>& low, const Vec<T>& high, T* out) {
   const Vec<T> zero = Vec<T>::all(T(0));
   const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(v), kClip ? Vec<T>::load(old) : zero, Vec<T>::load(ret), low, high);
   Vec<T> grad = l.d;
   if constexpr (kClip) grad = select(l.unclipped >= l.clipped, grad, (grad * zero) * l.dc);  // 0, or NaN where one of the two is
-  select(Vec<T>::load(w) != zero, Vec<T>::load(upstream) * grad, zero).store(out);
+  select(Vec<T>::load(w) != zero, upstream * grad, zero).store(out);
 }
 
+// upstream per token, or where that is null one for all.
 template <typename T, bool kClip>
-inline void grad_tile(const T* v, const T* old, const T* ret, const T* w, const T* upstream, int64_t n, T low, T high, T* out) {
-  const Vec<T> lows = Vec<T>::all(low), highs = Vec<T>::all(high);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) grad_lanes<T, kClip>(v + i, kClip ? old + i : nullptr, ret + i, w + i, upstream + i, lows, highs, out + i);
-  if (i < n) {  // as in loss_tile
-    T tail[5][kLanes] = {}, last[kLanes];
-    std::copy(v + i, v + n, tail[0]);
-    if constexpr (kClip) std::copy(old + i, old + n, tail[1]);
-    std::copy(ret + i, ret + n, tail[2]);
-    std::copy(w + i, w + n, tail[3]);
-    std::copy(upstream + i, upstream + n, tail[4]);
-    grad_lanes<T, kClip>(tail[0], tail[1], tail[2], tail[3], tail[4], lows, highs, last);
-    std::copy(last, last + (n - i), out + i);
+inline void grad_tile(const T* v, const T* old, const T* ret, const T* w, const T* upstream, T uniform, int64_t n, T low, T high, T* out) {
+  const Vec<T> lows = Vec<T>::all(low), highs = Vec<T>::all(high), uniforms = Vec<T>::all(uniform);
+  const int64_t whole = n / kLanes * kLanes;
+  if (upstream == nullptr) {
+    for (int64_t i = 0; i < whole; i += kLanes) grad_lanes<T, kClip>(v + i, kClip ? old + i : nullptr, ret + i, w + i, uniforms, lows, highs, out + i);
+  } else {
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      grad_lanes<T, kClip>(v + i, kClip ? old + i : nullptr, ret + i, w + i, Vec<T>::load(upstream + i), lows, highs, out + i);
+    }
   }
+  if (whole == n) return;
+  T tail[5][kLanes] = {}, last[kLanes];  // as in loss_tile
+  std::copy(v + whole, v + n, tail[0]);
+  if constexpr (kClip) std::copy(old + whole, old + n, tail[1]);
+  std::copy(ret + whole, ret + n, tail[2]);
+  std::copy(w + whole, w + n, tail[3]);
+  if (upstream != nullptr) std::copy(upstream + whole, upstream + n, tail[4]);
+  grad_lanes<T, kClip>(tail[0], tail[1], tail[2], tail[3], upstream != nullptr ? Vec<T>::load(tail[4]) : uniforms, lows, highs, last);
+  std::copy(last, last + (n - whole), out + whole);
 }
 
 template <typename T>
@@ -240,27 +246,24 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
   const T* v = load_tile(p.values, tile, scratch[0]);
   const T* ret = load_tile(p.returns, tile, scratch[1]);
   const T* w = load_weights(p.mask, tile, scratch[2]);
-  // The incoming gradient, the call's scale, the sequence's factor, the weight.
-  T* upstream = scratch[4];
-  if (p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0) {
-    std::fill(upstream, upstream + n, T(double(*static_cast<const T*>(p.grad_loss.data)) * scale));
-  } else {
-    const T* grad_loss = load_tile(p.grad_loss, tile, scratch[4]);
-    for (int64_t i = 0; i < n; ++i) upstream[i] = T(double(grad_loss[i]) * scale);
-  }
-  if (seq_factor != nullptr) {
-    for (int64_t i = 0; i < n; ++i) upstream[i] *= seq_factor[i];
-  }
-  if (mask_kind(p.mask) == MaskKind::kWeights) {
-    for (int64_t i = 0; i < n; ++i) upstream[i] *= w[i];
+  // The incoming gradient and the call's scale; then the sequence's factor and the weight.
+  const bool one_gradient = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0, weights = mask_kind(p.mask) == MaskKind::kWeights;
+  const T uniform = one_gradient ? T(double(*static_cast<const T*>(p.grad_loss.data)) * scale) : T(0);
+  T* upstream = nullptr;
+  if (!one_gradient || seq_factor != nullptr || weights) {
+    upstream = scratch[4];
+    const T* grad_loss = one_gradient ? nullptr : load_tile(p.grad_loss, tile, scratch[4]);
+    for (int64_t i = 0; i < n; ++i) upstream[i] = one_gradient ? uniform : T(double(grad_loss[i]) * scale);
+    for (int64_t i = 0; seq_factor != nullptr && i < n; ++i) upstream[i] *= seq_factor[i];
+    for (int64_t i = 0; weights && i < n; ++i) upstream[i] *= w[i];
   }
   const Placement at = place(tile, p.grad_values.seq_stride, p.grad_values.time_stride);
   T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
   T* out = direct != nullptr ? direct : scratch[5];
   if (p.clip) {
-    grad_tile<T, true>(v, load_tile(p.old_values, tile, scratch[3]), ret, w, upstream, n, low, high, out);
+    grad_tile<T, true>(v, load_tile(p.old_values, tile, scratch[3]), ret, w, upstream, uniform, n, low, high, out);
   } else {
-    grad_tile<T, false>(v, nullptr, ret, w, upstream, n, low, high, out);
+    grad_tile<T, false>(v, nullptr, ret, w, upstream, uniform, n, low, high, out);
   }
   if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
 }
