@@ -20,18 +20,35 @@ inline const T* load_tile(const Operand& x, const TileSpec& tile, T* scratch) {
 // What a tile's mask is. A floating one weighs tokens; any other, or the padding of a tile's end, only says which are there.
 enum class MaskKind { kNone, kFlags, kWeights };
 
-inline MaskKind mask_kind(const Operand& mask) {
-  if (mask.data == nullptr) return MaskKind::kNone;
-  const bool floating = mask.dtype == DType::kFloat64 || mask.dtype == DType::kFloat32 || mask.dtype == DType::kBFloat16 || mask.dtype == DType::kFloat16;
-  return floating ? MaskKind::kWeights : MaskKind::kFlags;
-}
-
-// The mask as weights; a missing one weighs every token 1.
 template <typename T>
-inline const T* load_weights(const Operand& mask, const TileSpec& tile, T* scratch) {
-  if (mask.data != nullptr) return load_tile(mask, tile, scratch);
-  for (int64_t i = 0; i < tile.lines * tile.length; ++i) scratch[i] = T(1);
-  return scratch;
+struct MaskTile {
+  MaskKind kind;     // kNone also where flags are all set: padding leaves most tiles so
+  bool empty;        // no token is there
+  const T* weights;  // 0 and 1 but for kWeights
+};
+
+template <typename T>
+struct Ones {
+  T value[kTile];
+  constexpr Ones() : value() {
+    for (T& x : value) x = T(1);
+  }
+};
+template <typename T>
+constexpr Ones<T> kOnes;
+
+template <typename T>
+inline MaskTile<T> load_mask(const Operand& mask, const TileSpec& tile, T* scratch) {
+  if (mask.data == nullptr) return {MaskKind::kNone, false, kOnes<T>.value};
+  const Placement at = place(tile, mask.seq_stride, mask.time_stride);
+  if (mask.dtype == DType::kInt8 && at.stride == 1 && (tile.lines == 1 || at.line_stride == tile.length)) {
+    const size_t n = size_t(tile.lines * tile.length);
+    const char* bytes = static_cast<const char*>(mask.data) + at.origin;
+    if (bytes[0] != 0 && std::memchr(bytes, 0, n) == nullptr) return {MaskKind::kNone, false, kOnes<T>.value};
+    if (bytes[0] == 0 && std::memcmp(bytes, bytes + 1, n - 1) == 0) return {MaskKind::kFlags, true, nullptr};
+  }
+  const bool floating = mask.dtype == DType::kFloat64 || mask.dtype == DType::kFloat32 || mask.dtype == DType::kBFloat16 || mask.dtype == DType::kFloat16;
+  return {floating ? MaskKind::kWeights : MaskKind::kFlags, false, load_tile(mask, tile, scratch)};
 }
 
 // math/value_loss.h in lanes, without its factor 0.5.
@@ -195,13 +212,19 @@ template <typename T>
 void loss_forward(const ValueLossParams& p, const TileSpec& tile, T low, T high, double* moments, T* token_loss_out, T* token_weight) {
   alignas(64) T scratch[4][kTile];
   const int64_t n = tile.lines * tile.length;
+  const MaskTile<T> mask = load_mask(p.mask, tile, scratch[2]);
+  if (mask.empty) {
+    if (token_loss_out != nullptr) std::fill(token_loss_out, token_loss_out + n, T(0));
+    if (token_weight != nullptr) std::fill(token_weight, token_weight + n, T(0));
+    return;
+  }
   const T* v = load_tile(p.values, tile, scratch[0]);
   const T* ret = load_tile(p.returns, tile, scratch[1]);
-  const T* w = load_weights(p.mask, tile, scratch[2]);
+  const T* w = mask.weights;
   if (p.clip) {
-    loss_tile<T, true>(mask_kind(p.mask), v, load_tile(p.old_values, tile, scratch[3]), ret, w, n, low, high, moments, token_loss_out);
+    loss_tile<T, true>(mask.kind, v, load_tile(p.old_values, tile, scratch[3]), ret, w, n, low, high, moments, token_loss_out);
   } else {
-    loss_tile<T, false>(mask_kind(p.mask), v, nullptr, ret, w, n, low, high, moments, token_loss_out);
+    loss_tile<T, false>(mask.kind, v, nullptr, ret, w, n, low, high, moments, token_loss_out);
   }
   if (token_weight != nullptr) std::copy(w, w + n, token_weight);
 }
@@ -243,11 +266,22 @@ template <typename T>
 void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low, T high, double scale, const T* seq_factor) {
   alignas(64) T scratch[6][kTile];
   const int64_t n = tile.lines * tile.length;
+  const Placement at = place(tile, p.grad_values.seq_stride, p.grad_values.time_stride);
+  T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
+  T* out = direct != nullptr ? direct : scratch[5];
+  const auto finish = [&] {
+    if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
+  };
+  const MaskTile<T> mask = load_mask(p.mask, tile, scratch[2]);
+  if (mask.empty) {
+    std::fill(out, out + n, T(0));
+    return finish();
+  }
   const T* v = load_tile(p.values, tile, scratch[0]);
   const T* ret = load_tile(p.returns, tile, scratch[1]);
-  const T* w = load_weights(p.mask, tile, scratch[2]);
+  const T* w = mask.weights;
   // The incoming gradient and the call's scale; then the sequence's factor and the weight.
-  const bool one_gradient = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0, weights = mask_kind(p.mask) == MaskKind::kWeights;
+  const bool one_gradient = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0, weights = mask.kind == MaskKind::kWeights;
   const T uniform = one_gradient ? T(double(*static_cast<const T*>(p.grad_loss.data)) * scale) : T(0);
   T* upstream = nullptr;
   if (!one_gradient || seq_factor != nullptr || weights) {
@@ -257,15 +291,12 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
     for (int64_t i = 0; seq_factor != nullptr && i < n; ++i) upstream[i] *= seq_factor[i];
     for (int64_t i = 0; weights && i < n; ++i) upstream[i] *= w[i];
   }
-  const Placement at = place(tile, p.grad_values.seq_stride, p.grad_values.time_stride);
-  T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
-  T* out = direct != nullptr ? direct : scratch[5];
   if (p.clip) {
     grad_tile<T, true>(v, load_tile(p.old_values, tile, scratch[3]), ret, w, upstream, uniform, n, low, high, out);
   } else {
     grad_tile<T, false>(v, nullptr, ret, w, upstream, uniform, n, low, high, out);
   }
-  if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
+  finish();
 }
 
 template <typename T>
