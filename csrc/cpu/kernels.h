@@ -11,8 +11,8 @@
 
 namespace fused_critic::cpu {
 
-// Tokens in a tile: the scratch of a kernel (up to seven tiles) stays in the first-level cache, and a lane sums at most kTile / 8 terms
-// in the accumulation type before the sum moves to double.
+// Tokens in a tile: what a kernel usually needs of float tiles (inputs in place, a mask, outputs) stays in the first-level cache, and a lane
+// sums at most kTile / 8 terms in the accumulation type before the sum moves to double.
 constexpr int64_t kTile = 1024;
 
 // Tokens in a chunk: large enough to hide the start of a parallel region, small enough to balance.
