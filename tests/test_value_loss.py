@@ -113,6 +113,18 @@ def test_shapes(device, shape, reduction, time_dim, clip_range):
 
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_padding_mask(device, reduction, time_dim):
+    """Long stretches of valid and of masked tokens, with NaN in the latter: the kernels take them by shortcuts."""
+    generator = torch.Generator().manual_seed(9)
+    lengths = torch.tensor([3000, 0, 1024, 1025, 5])
+    mask = torch.arange(3000) < lengths[:, None]
+    tensors = [torch.where(mask, x, math.nan) for x in draw_inputs((5, 3000), generator, "cpu", [torch.float32] * 3, ["contiguous"] * 3)]
+    arranged = [(x if time_dim == -1 else x.t().contiguous()).to(device) for x in (*tensors, mask)]
+    check(*arranged, reduction=reduction, time_dim=time_dim)
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (0, 0)])
 def test_empty(device, shape, reduction):
     empty = torch.empty(shape, device=device)
