@@ -4,6 +4,8 @@ import hypothesis
 import pytest
 import torch
 
+collect_ignore = ["fakecuda"]  # tests of a tool, which have their own command
+
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
 )

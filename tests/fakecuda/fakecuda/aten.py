@@ -105,7 +105,7 @@ def run(op, args, kw):
     ids = {}
     ordered(tree_leaves((args, kw)), False)
     with torch._C._AutoDispatchBelowAutograd():
-        res = op(*tree_map(down, args), **tree_map(down, kw))
+        res = _callee(op, args, kw)(*tree_map(down, args), **tree_map(down, kw))
         for o, a in pairs:  # out= that was resized
             if o.size() != a.size():
                 o.resize_(a.size())
@@ -121,6 +121,14 @@ def run(op, args, kw):
 
         [engine.lib.fc_synced(ctypes.c_uint64(i)) for i in ids.values()]
     return res
+
+
+def _callee(op, args, kw):
+    """``op``, or its overloads to choose from where a Python number stands in the place of a tensor: an operator with a scalar
+    overload may hand its scalar on to the tensor overload as a wrapped number, which arrives here as a number."""
+    given = [*zip(op._schema.arguments, args), *((s, kw[s.name]) for s in op._schema.arguments if s.name in kw)]
+    number = any(isinstance(x, (bool, int, float, complex)) and "Tensor" in str(s.type) for s, x in given)
+    return op.overloadpacket if number else op
 
 
 def install():

@@ -6,6 +6,7 @@ source line, for every line that has code in any kernel). From these follow ``ke
 (kernels) and ``lines_never_run``. Lines are "path:line" with the compiler's absolute path, those of headers included.
 """
 
+import itertools
 import json
 import os
 import re
@@ -67,6 +68,17 @@ def own_lines(report, sources):
     return sorted(own, key=line_key), sorted(never.intersection(own), key=line_key)
 
 
+def ranges(numbers):
+    """Ascending numbers as text: "1, 4-6"."""
+    parts = []
+    for n in numbers:
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts)
+
+
 def show(r, sources):
     """Print a summary."""
     print("\n== fakecuda ==")
@@ -81,8 +93,9 @@ def show(r, sources):
         print("calls answered 'not supported':", bad)
     own, never = own_lines(r, sources)
     if own:
-        where = f"; not: {', '.join(os.path.relpath(k) for k in never)}" if never else ""
-        print(f"source lines with device code that ran: {len(own) - len(never)} of {len(own)}{where}")
+        print(f"source lines with device code that ran: {len(own) - len(never)} of {len(own)}" + ("; not:" if never else ""))
+        for path, group in itertools.groupby(map(line_key, never), key=lambda k: k[0]):
+            print(f"  {os.path.relpath(path)}: {ranges([n for _, n in group])}")
     if r["never_launched"]:
         print(f"kernels never launched: {len(r['never_launched'])} of {len(r['images'])}", *r["never_launched"], sep="\n  ")
     for i in r["issues"]:

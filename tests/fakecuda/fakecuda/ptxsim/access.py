@@ -1,4 +1,4 @@
-"""ld st"""
+"""What the instructions that access memory mean: loads, stores, atomics, cp.async."""
 
 import numpy as np
 
@@ -7,6 +7,8 @@ from .values import TYPES, UINT
 
 
 class Access:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     def op_ld(self, ins):
         ty = self.ty(ins)
         w = np.dtype(TYPES[ty]).itemsize

@@ -1,4 +1,4 @@
-"""Arithmetic"""
+"""What the arithmetic instructions mean."""
 
 import numpy as np
 
@@ -12,6 +12,8 @@ def wide(dt):
 
 
 class Arithmetic:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     def _arith(self, ins, op):
         ty = self.ty(ins)
         if "cc" in ins.mods:

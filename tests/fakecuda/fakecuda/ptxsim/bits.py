@@ -1,4 +1,4 @@
-"""Bits"""
+"""What the instructions on bits mean: logic, shifts, fields, permutation of bytes."""
 
 import numpy as np
 
@@ -7,6 +7,8 @@ from .values import TYPES, U32, U64, UINT
 
 
 class Bits:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     def _bits(self, ins, f):
         ty = self.ty(ins)
         if ty == "pred":

@@ -1,4 +1,4 @@
-"""Compare"""
+"""What the instructions that compare and select mean."""
 
 import numpy as np
 
@@ -7,6 +7,8 @@ from .values import F32, TYPES
 
 
 class Compare:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     _CMP = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
     def _cmp(self, ins, ty):

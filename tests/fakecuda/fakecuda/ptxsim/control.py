@@ -1,4 +1,4 @@
-"""control"""
+"""What the instructions of control flow mean: branches, barriers, traps, calls; and those that do nothing here."""
 
 import numpy as np
 
@@ -7,6 +7,8 @@ from .values import U32, U64, DeviceAssert
 
 
 class Control:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     def _nop(self, ins):
         return "x", lambda S, i: None
 

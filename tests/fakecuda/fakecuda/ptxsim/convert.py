@@ -1,4 +1,4 @@
-"""Convert"""
+"""What the instructions that move and convert values mean."""
 
 import numpy as np
 
@@ -8,6 +8,8 @@ from .values import F16, F32, F64, LOCAL_BASE, SHARED_BASE, TYPES, U16, U32, U64
 
 
 class Convert:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     def op_mov(self, ins):
         ty = self.ty(ins)
         d, s = ins.ops[0], ins.ops[1]

@@ -1,4 +1,4 @@
-"""counters"""
+"""Counts: what a wave adds up, and the report of a launch."""
 
 from collections import Counter, defaultdict
 
@@ -47,7 +47,7 @@ class Report:
         self.E, self.kernel, self.grid, self.block = E, E.name, grid, block
         n = len(E.insts)
         self.issued, self.threads = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
-        self.skipped = np.zeros(n + 1, np.int64)  # warp instructions whose guard held for no thread
+        self.skipped = np.zeros(n + 1, np.int64)  # warp instructions run for nobody: the guard held for no thread of the group
         self.branches, self.divergent = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
         self.mem = defaultdict(lambda: dict(requests=0, bytes=0, sectors=0, replays=0, space="", write=False, atomic=False, width=0))
         self.barriers = self.blocks = self.steps = 0
@@ -150,7 +150,8 @@ class Report:
                     s["sectors"] or s["requests"] + s["replays"],
                     f"PTX {ins.line:5d} {ins.loc or '':24s} {s['space']:6s} {'atom' if s['atomic'] else 'st' if s['write'] else 'ld':4s} "
                     f"{s['width']:2d}B req={s['requests']:<8d} sectors={s['sectors']:<8d} "
-                    f"sect/req={s['sectors'] / s['requests']:.2f} eff={'-' if eff is None else format(eff, '.2f')} replays={s['replays']}  {ins.text}",
+                    f"sect/req={s['sectors'] / s['requests']:.2f} eff={'-' if eff is None else format(eff, '.2f')} "
+                    f"replays={s['replays']}  {ins.text}",
                 )
             )
         return "\n".join(r for _, r in sorted(rows, key=lambda r: -r[0])[:n])

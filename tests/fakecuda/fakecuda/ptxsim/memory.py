@@ -1,4 +1,4 @@
-"""memory"""
+"""Loads, stores and atomics of a wave, checked for bounds and alignment."""
 
 import numpy as np
 
@@ -7,6 +7,9 @@ from .values import LOCAL_BASE, SHARED_BASE, TYPES, U16, UINT, WINDOW, MemoryFau
 
 
 class Memory:
+    """How a Wave accesses memory. ``sp`` is the state space ("generic": found from the address), ``w`` the bytes of one element;
+    a fault is raised before anything is written."""
+
     def _gather(self, sp, addr, i, w, nv, ins):
         """-> (view of uint w, element index array) after bounds and alignment checks."""
         n = self.N if i is None else i.size

@@ -1,4 +1,4 @@
-"""Operands"""
+"""Operands of instructions: reading and writing registers, constants, special registers, addresses."""
 
 import re
 
@@ -10,6 +10,9 @@ from .values import F16, F32, F64, SINT, TYPES, U16, U32, U64, UINT, WARP, Unsup
 
 
 class Operands:
+    """What the makers of instructions build on. The functions that are returned take the wave ``S`` and the indices ``i`` of the
+    threads, or None for all of them."""
+
     def reg(self, t):
         return self.E.regs.get(t)
 
@@ -33,9 +36,6 @@ class Operands:
             w = np.dtype(rdt).itemsize
             if w == dt.itemsize:
                 return lambda S, i: S.R[k].view(dt) if i is None else S.R[k][i].view(dt)
-            if w > dt.itemsize:
-                u = UINT[dt.itemsize]
-                return lambda S, i: (S.R[k] if i is None else S.R[k][i]).astype(u).view(dt)
             u = UINT[dt.itemsize]
             return lambda S, i: (S.R[k] if i is None else S.R[k][i]).astype(u).view(dt)
         if NUMBER.match(t):
@@ -73,6 +73,7 @@ class Operands:
         raise Unsupported(f"constant {t} as .{ty}")
 
     def symaddr(self, t):
+        """The address of a variable or parameter, None if the name is neither."""
         E = self.E
         if t in E.shared:
             return E.shared[t]
@@ -185,6 +186,7 @@ class Operands:
         return w2
 
     def ty(self, ins, nth=-1):
+        """One of the types among the modifiers, the last unless said otherwise."""
         ts = [m for m in ins.mods if m in TYPES]
         if not ts:
             raise self.err(ins, "no type")
@@ -192,12 +194,14 @@ class Operands:
 
     @staticmethod
     def rnd(ins):
+        """The rounding mode of floating-point arithmetic."""
         for m in ins.mods:
             if m in ("rn", "rz", "rm", "rp"):
                 return m
         return "rn"
 
-    def simple(self, ins, f, ty=None, dty=None, n=None):
+    def simple(self, ins, f, ty=None, dty=None):
+        """The instruction that applies ``f`` to all operands, read as ``ty``, and writes the result as ``dty``."""
         ty = ty or self.ty(ins)
         dty = dty or ty
         src = [self.get(ins, o, ty) for o in ins.ops[1:]]
@@ -218,8 +222,8 @@ class Operands:
 
         return "x", run
 
-    # half-precision families: unpack to float32 lanes, compute, repack
     def halfs(self, ins, f, ty):
+        """The same in half precision: unpacks to float32, applies ``f``, rounds and packs."""
         src = [self.get(ins, o, "b32" if ty.endswith("x2") else "b16") for o in ins.ops[1:]]
         d = self.put(ins, ins.ops[0], "b32" if ty.endswith("x2") else "b16")
         bf, x2 = ty.startswith("bf"), ty.endswith("x2")
@@ -274,6 +278,7 @@ class Operands:
         return self.symspace(b), lambda S, i: c
 
     def space(self, ins, sym):
+        """The state space that an access names, else "generic" for a named symbol, else None."""
         for m in ins.mods:
             m = m.split("::")[0]
             if m in ("global", "shared", "local", "param", "const"):

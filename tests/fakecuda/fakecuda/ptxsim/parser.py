@@ -1,5 +1,6 @@
 """The text of a PTX module: variables at module level, and kernels, each of which is parsed when it is first asked for."""
 
+import os
 import re
 
 import numpy as np
@@ -118,7 +119,7 @@ _GUARD = re.compile(r"@(!?)([%\w$]+)\s+(.*)$")
 _INSTRUCTION = re.compile(r"([a-z]\w*)((?:\.\w+|::\w+)*)\s*(.*)$")
 _ARGUMENT_ADDRESS = re.compile(r"\[([\w$]+@\d+)(?:\+0)?\]$")
 _SHARED = re.compile(r"^\s*(\.shared\b[^;]*);", re.M)
-_CODE_LINE = re.compile(r"^[ \t]*(?:\.loc\s+(\d+)\s+(\d+)|(?:@!?[%\w$]+\s+)?[a-z]\w*[^\n]*;)", re.M)
+_CODE_LINE = re.compile(r"^[ \t{]*(?:\.loc\s+(\d+)\s+(\d+)|(?:@!?[%\w$]+\s+)?[a-z]\w*[^\n]*;)", re.M)
 
 
 def _block_end(text, at):
@@ -193,7 +194,7 @@ class Source:
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group(0).count("\n"), text, flags=re.S)
         text = re.sub(r"//[^\n]*", "", text)
         for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]+)"', text):
-            self.files[int(m.group(1))] = m.group(2)
+            self.files[int(m.group(1))] = os.path.normpath(m.group(2))
         i, n = 0, len(text)
         line, counted = 1, 0  # PTX line at position ``counted``
         while True:

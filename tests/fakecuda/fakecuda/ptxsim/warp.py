@@ -1,4 +1,4 @@
-"""warp"""
+"""What the instructions of a whole warp mean: shuffles, votes, matches, reductions."""
 
 import numpy as np
 
@@ -6,6 +6,8 @@ from .values import U32
 
 
 class Warp:
+    """Makers ``op_NAME`` of steps; see Code."""
+
     def op_shfl(self, ins):
         if "sync" not in ins.mods:
             raise self.err(ins, "shfl without .sync")
