@@ -1,58 +1,50 @@
 """The composite implementation for devices without kernels, called on CPU tensors and compared with the kernels."""
 
-import cases
 import fused_critic
 import pytest
 import torch
 from fused_critic import _fallback
+from fused_critic.check import cases
+from fused_critic.check.gae import build as build_gae
+from fused_critic.check.value_loss import build as build_value_loss
 from hypothesis import given
-from test_gae import build as build_gae
 from test_gae import problems as gae_problems
-from test_value_loss import draw_inputs
 from test_value_loss import problems as loss_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_critic")
 ops = torch.ops.fused_critic
 
 
-@given(problem=loss_problems())
+@given(problem=loss_problems)
 def test_value_loss(problem):
-    generator = torch.Generator().manual_seed(problem["seed"])
-    layout = cases.layout(problem["kind"], problem["seqs"], problem["length"], generator)
-    tensors = draw_inputs(layout.shape, generator, "cpu", problem["dtypes"], problem["strides"])
-    mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
-    clip_range = problem["clip_range"]
+    (*tensors, mask, _), given_options = build_value_loss(problem, "cpu")
+    clip_range, cu_seqlens, time_dim = (given_options.pop(name) for name in ("clip_range", "cu_seqlens", "time_dim"))
     low, high = (0.0, 0.0) if clip_range is None else clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
-    options = {
-        "clip_low": low,
-        "clip_high": high,
-        "clip": clip_range is not None,
-        "reduction": problem["reduction"],
-        "loss_scale_factor": 7.0,
-    }
-    if problem["count"] is not None:
-        options |= {"batch_num_tokens": 11.0, "global_batch_size": 11.0, "dp_size": problem["dp_size"]}
-    arguments = (*tensors, mask, layout.cu_seqlens)
-    got = _fallback._value_loss(*arguments, **options, time_dim=layout.time_dim)
-    expected = ops.value_loss(*arguments, **options, time_dim=layout.time_dim)
+    options = {"clip_low": low, "clip_high": high, "clip": clip_range is not None, **given_options}
+    for name in ("batch_num_tokens", "global_batch_size"):
+        if name in options:
+            options[name] = float(options[name])
+    arguments = (*tensors, mask, cu_seqlens)
+    got = _fallback._value_loss(*arguments, **options, time_dim=time_dim)
+    expected = ops.value_loss(*arguments, **options, time_dim=time_dim)
     for a, b, what in zip(got, expected, ("loss", "stats", "residuals")):
         finite = b.isfinite()
         assert torch.equal(a.isfinite(), finite)
         cases.assert_close(a[finite], b[finite], 2e-5, what)
         assert a.dtype == b.dtype
-    common = {"clip": options["clip"], "reduction": options["reduction"], "time_dim": layout.time_dim}
+    common = {"clip": options["clip"], "reduction": options["reduction"], "time_dim": time_dim}
     backward = (torch.ones_like(expected[0]), *arguments, expected[2])
     a, b = _fallback._value_loss_backward(*backward, **common), ops.value_loss_backward(*backward, **common)
     assert a.dtype == b.dtype
     cases.assert_close(a, b, max(2e-5, cases.ROUNDING[tensors[0].dtype]), "grad")
 
 
-@given(problem=gae_problems())
+@given(problem=gae_problems)
 def test_gae(problem):
     rewards, values, mask, options = build_gae(problem, "cpu")
     names = ("terminated", "truncated", "next_values", "bootstrap_values", "cu_seqlens")
     arguments = (rewards, values, mask, *(options.get(name) for name in names))
-    numbers = {name: options[name] for name in ("gamma", "lam", "time_dim")}
+    numbers = {"gamma": float(options["gamma"]), "lam": float(options["lam"]), "time_dim": options["time_dim"]}
     got, expected = _fallback._gae(*arguments, **numbers), ops.gae(*arguments, **numbers)
     for a, b in zip(got, expected):
         assert a.dtype == b.dtype and a.stride() == b.stride()

@@ -2,29 +2,14 @@
 
 import math
 
-import cases
 import fused_critic
 import pytest
-import reference
 import torch
+from fused_critic import reference
+from fused_critic.check import cases
+from fused_critic.check.gae import FACTORS, SHAPES, compare, compare_gradients, compare_one_long_segment, compare_problem, compare_shape
 from hypothesis import given
 from hypothesis import strategies as st
-
-
-def check(rewards, values, mask=None, **options):
-    got = fused_critic.gae(rewards, values, mask, **options)
-    numbers = {name: float(options.pop(name)) for name in ("gamma", "lam")}
-    to_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    expected = reference.gae(rewards.cpu(), values.cpu(), None if mask is None else mask.cpu(), **numbers, **to_cpu)
-    floats = [x.dtype for x in (rewards, values, options.get("next_values"), options.get("bootstrap_values")) if x is not None]
-    dtype = torch.float64 if torch.float64 in floats else torch.float32
-    tol = cases.tolerance(dtype)
-    for name in ("advantages", "returns"):
-        assert getattr(got, name).dtype == dtype
-        cases.assert_close(getattr(got, name), getattr(expected, name), tol, name)
-        if mask is not None:
-            assert bool((getattr(got, name)[mask == 0] == 0).all()), f"{name} at a masked position"
-    return got
 
 
 def test_reference_vector(device):
@@ -32,121 +17,30 @@ def test_reference_vector(device):
     values = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], device=device)
     rewards, mask = torch.zeros(7, device=device), torch.tensor([1, 1, 0, 0, 1, 1, 0], device=device)
     rewards[5] = 1
-    got = check(rewards, values, mask, gamma=0.9, lam=0.8)
-    cases.assert_close(got.advantages, torch.tensor([0.4300, 0.4862, 0, 0, 0.3280, 0.4000, 0]), 5e-5)
+    for function in (fused_critic.gae, reference.gae):
+        got = function(rewards, values, mask, gamma=0.9, lam=0.8)
+        cases.assert_close(got.advantages, torch.tensor([0.4300, 0.4862, 0, 0, 0.3280, 0.4000, 0]), 5e-5)
 
 
-@st.composite
-def problems(draw):
-    dtype = st.sampled_from(cases.DTYPES)
-    stride = st.sampled_from(cases.STRIDES)
-    follow = draw(st.sampled_from(["nothing", "bootstrap", "next_values", "truncated"]))
-    return {
-        "kind": draw(st.sampled_from(cases.LAYOUTS)),
-        "size": draw(
-            st.sampled_from([(1, 1), (1, 37), (2, 8), (3, 129), (5, 17), (9, 4), (33, 3), (17, 65), (40, 1), (4, 260), (35, 130)])
-        ),
-        "dtypes": draw(st.tuples(dtype, dtype, dtype)),
-        "strides": draw(st.tuples(stride, stride, stride, stride)),
-        "mask": draw(st.sampled_from(cases.MASKS)),
-        "density": draw(st.sampled_from([0.0, 0.3, 0.9])),
-        "flags": draw(st.sampled_from([None, torch.bool, torch.float32])),
-        "follow": follow,
-        "gamma": draw(st.sampled_from([0.0, 0.97, 1.0])),
-        "lam": draw(st.sampled_from([0.0, 0.9, 1.0])),
-        "tensors": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**20)),
-    }
+problems = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FACTORS.items()})
 
 
-def build(problem, device):
-    generator = torch.Generator().manual_seed(problem["seed"])
-    layout = cases.layout(problem["kind"], *problem["size"], generator, device)
-
-    def random(which):
-        return cases.restride(
-            torch.randn(layout.shape, generator=generator).to(device, problem["dtypes"][which]), problem["strides"][which]
-        )
-
-    def flags():
-        return (torch.rand(layout.shape, generator=generator) < 0.1).to(device, problem["flags"])
-
-    rewards, values = random(0), random(1)
-    mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
-    options = dict(layout.options, gamma=problem["gamma"], lam=problem["lam"])
-    if problem["flags"] is not None:
-        options["terminated"] = flags()
-    if problem["follow"] in ("next_values", "truncated"):
-        options["next_values"] = random(2)
-    if problem["follow"] == "truncated":
-        options["truncated"] = (torch.rand(layout.shape, generator=generator) < 0.1).to(device)
-    if problem["follow"] == "bootstrap":
-        options["bootstrap_values"] = torch.randn(layout.num_seqs, generator=generator).to(device, problem["dtypes"][2])
-    return rewards, values, mask if mask is None else cases.restride(mask.to(device), problem["strides"][3]), options
-
-
-@given(problem=problems())
+@given(problem=problems)
 def test_matches_reference(device, problem):
-    rewards, values, mask, options = build(problem, device)
-    if problem["tensors"]:
-        options |= {name: torch.tensor(options[name], dtype=torch.float64, device=device) for name in ("gamma", "lam")}
-    check(rewards, values, mask, **options)
+    compare_problem(problem, device)
 
 
-@given(problem=problems())
+@given(problem=problems)
 def test_gradients_match_reference(device, problem):
-    rewards, values, mask, options = build(problem, "cpu")
-    if rewards.numel() > 400:
-        rewards, values = rewards[..., :1], values[..., :1]
-        if problem["kind"] == "packed":
-            return
-        mask = None if mask is None else mask[..., :1]
-        options = {
-            k: v[..., :1] if isinstance(v, torch.Tensor) and v.dim() == rewards.dim() and k != "bootstrap_values" else v
-            for k, v in options.items()
-        }
-        if options.get("bootstrap_values") is not None:
-            options["bootstrap_values"] = options["bootstrap_values"][: 1 if options["time_dim"] == 0 else rewards.shape[0]]
-    weights = torch.randn(2, *rewards.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    names = [name for name in ("next_values", "bootstrap_values") if options.get(name) is not None]
-
-    def gradients(function, where):
-        leaves = [
-            x.to(where, torch.float64).detach().clone().requires_grad_() for x in (rewards, values, *(options[name] for name in names))
-        ]
-        others = {k: v.to(where) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        out = function(leaves[0], leaves[1], None if mask is None else mask.to(where), **{**others, **dict(zip(names, leaves[2:]))})
-        total = (out.advantages * weights[0].to(where)).sum() + (out.returns * weights[1].to(where)).sum()
-        if not total.requires_grad:
-            return [torch.zeros_like(x) for x in leaves]
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
-
-    for name, got, expected in zip(["rewards", "values", *names], gradients(fused_critic.gae, device), gradients(reference.gae, "cpu")):
-        cases.assert_close(got, expected, 1e-10, f"gradient of {name}")
-
-
-SHAPES = {
-    "one": (1, 1),
-    "one column": (7, 1),
-    "odd T": (3, 7),
-    "a warp's tile and one": (2, 129),
-    "longer than a tile": (2, 1500),
-    "many short rows": (3000, 5),
-    "longer than a span": (1, 20000),
-    "few long": (3, 9000),
-}
+    compare_problem({**problem, "dtypes": [torch.float64] * 3}, device, compare_gradients)
+    compare_problem(problem, device, compare_gradients)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_shapes(device, shape, masked, time_dim):
-    generator = torch.Generator().manual_seed(0)
-    shape = shape if time_dim == -1 else shape[::-1]
-    rewards, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    mask = cases.mask(shape, torch.bool, generator).to(device) if masked else None
-    check(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+    compare_shape(shape, masked, time_dim, device)
 
 
 # Sizes on both sides of every change of algorithm (several rows a warp, a warp a row, a block a row, a row over many blocks), aligned and
@@ -183,10 +77,7 @@ def test_outputs_and_gradients_at_every_size(device, shape, access, masked, time
 
 
 def test_packed_with_one_long_segment(device):
-    generator = torch.Generator().manual_seed(1)
-    cu_seqlens = torch.tensor([0, 0, 3, 9003, 9003, 9100], device=device)
-    rewards, values = (torch.randn(9100, generator=generator).to(device) for _ in range(2))
-    check(rewards, values, cu_seqlens=cu_seqlens, bootstrap_values=torch.randn(5, generator=generator).to(device), gamma=0.99, lam=0.95)
+    compare_one_long_segment(device)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (0, 0)])
@@ -285,7 +176,7 @@ def test_offsets_beyond_31_bits(device):
     storage = torch.empty(far + 16, dtype=torch.bfloat16, device=device)
     for rewards in (storage[far : far + 12].view(2, 6), storage.as_strided((2, 6), (far, 1)), storage.as_strided((6, 2), (1, far)).t()):
         rewards.copy_(torch.randn(2, 6, generator=torch.Generator().manual_seed(5)))
-        check(rewards, torch.ones(2, 6, device=device), gamma=0.99, lam=0.95)
+        compare(rewards, torch.ones(2, 6, device=device), gamma=0.99, lam=0.95)
 
 
 def test_whiten(device):

@@ -2,46 +2,28 @@
 
 import math
 
-import cases
 import fused_critic
 import pytest
 import torch
+from fused_critic.check import cases
+from fused_critic.check.gae import WHITEN_OPTIONS, compare_whiten, compare_whiten_far_from_zero, compare_whiten_few
 
 
-def expected(x, mask, shift_mean=True, unbiased=True, eps=1e-8):
-    x = x.detach().cpu().double()
-    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.cpu() != 0
-    chosen = x[valid]
-    if chosen.numel() < 2:
-        return torch.zeros_like(x)
-    white = (x - chosen.mean()) * torch.rsqrt(chosen.var(correction=int(unbiased)) + eps) + (0 if shift_mean else chosen.mean())
-    return torch.where(valid, white, 0)
-
-
-@pytest.mark.parametrize("options", [{}, {"shift_mean": False}, {"unbiased": False}, {"eps": 0.1}], ids=str)
+@pytest.mark.parametrize("options", WHITEN_OPTIONS, ids=str)
 @pytest.mark.parametrize("mask_dtype", cases.MASKS, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_matches_reference(device, dtype, mask_dtype, options):
-    generator = torch.Generator().manual_seed(0)
-    x = (3 + 2 * torch.randn(7, 45, generator=generator)).to(device, dtype)
-    mask = cases.mask((7, 45), mask_dtype, generator)
-    mask = mask if mask is None else mask.to(device)
-    got = fused_critic.masked_whiten(x, mask, **options)
-    assert got.dtype == dtype
-    cases.assert_close(got, expected(x, mask, **options), max(1e-5, cases.ROUNDING[dtype]))
+    compare_whiten(dtype, mask_dtype, options, device)
 
 
 def test_far_from_zero(device):
-    x = (1e4 + torch.randn(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).float()
-    cases.assert_close(fused_critic.masked_whiten(x.to(device)), expected(x, None), 1e-5)
+    compare_whiten_far_from_zero(device)
 
 
 @pytest.mark.parametrize("valid", [0, 1])
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_fewer_than_two_give_zeros(device, valid, shift_mean):
-    mask = torch.zeros(6, device=device)
-    mask[:valid] = 1
-    assert fused_critic.masked_whiten(torch.full((6,), 7.0, device=device), mask, shift_mean=shift_mean).tolist() == [0] * 6
+    compare_whiten_few(valid, shift_mean, device)
 
 
 def test_empty(device):

@@ -3,10 +3,10 @@
 import math
 import warnings
 
-import cases
 import fused_critic
 import pytest
 import torch
+from fused_critic.check import cases
 from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.fused_critic

@@ -2,102 +2,21 @@
 
 import math
 
-import cases
 import fused_critic
 import pytest
-import reference
 import torch
+from fused_critic import reference
+from fused_critic.check import cases
+from fused_critic.check.value_loss import FACTORS, SHAPES, compare, compare_padding, compare_problem, compare_shape, draw_inputs, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-
-def run(values, old_values, returns, mask=None, grad_loss=None, **options):
-    """loss, gradient of `values` for the upstream gradient `grad_loss` (ones), statistics."""
-    leaf = values.detach().requires_grad_()
-    loss, stats = fused_critic.value_loss(leaf, old_values, returns, mask, **options)
-    loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss)
-    assert leaf.grad.dtype == values.dtype and leaf.grad.shape == values.shape
-    return loss.detach(), leaf.grad, stats
+problems = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FACTORS.items()})
 
 
-def check(values, old_values, returns, mask=None, grad_loss=None, **options):
-    loss, grad, stats = run(values, old_values, returns, mask, grad_loss, **options)
-    expected = reference.value_loss(values, old_values, returns, mask, grad_loss=grad_loss, **options)
-    inputs = [values.dtype, returns.dtype] + ([] if options.get("clip_range", 0.2) is None else [old_values.dtype])
-    tol = cases.tolerance(*inputs)
-    assert loss.dtype == (torch.float64 if torch.float64 in inputs else torch.float32)
-    cases.assert_close(loss, expected.loss, tol, "loss")
-    cases.assert_close(grad, expected.grad, max(tol, cases.ROUNDING[values.dtype]), "grad")
-    got = stats.to_dict()
-    assert got.keys() == expected.stats.keys()
-    for name, value in expected.stats.items():
-        assert math.isclose(got[name], value, rel_tol=2e-5, abs_tol=2e-5), f"{name}: got {got[name]}, expected {value}"
-    if mask is not None:
-        assert bool((grad[mask == 0] == 0).all()), "a masked token has a gradient"
-
-
-def draw_inputs(shape, generator, device, dtypes, strides, spread=0.3):
-    values = torch.randn(shape, generator=generator)
-    old_values = values + spread * torch.randn(shape, generator=generator)
-    returns = values + 0.5 * torch.randn(shape, generator=generator)
-    return [cases.restride(x.to(device, d), s) for x, d, s in zip((values, old_values, returns), dtypes, strides)]
-
-
-@st.composite
-def problems(draw):
-    kind = draw(st.sampled_from(cases.LAYOUTS))
-    seqs, length = draw(st.sampled_from([(1, 1), (1, 37), (2, 8), (3, 129), (5, 17), (9, 4), (33, 3), (17, 65), (40, 1), (4, 260)]))
-    dtype = st.sampled_from(cases.DTYPES)
-    stride = st.sampled_from(cases.STRIDES)
-    return {
-        "kind": kind,
-        "seqs": seqs,
-        "length": length,
-        "dtypes": draw(st.tuples(dtype, dtype, dtype)),
-        "strides": draw(st.tuples(stride, stride, stride, stride)),
-        "mask": draw(st.sampled_from(cases.MASKS)),
-        "density": draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
-        "clip_range": draw(st.sampled_from([0.2, (-0.1, 0.3), 0.0, None])),
-        "reduction": draw(st.sampled_from(cases.REDUCTIONS)),
-        "count": draw(st.sampled_from([None, 11, "tensor"])),
-        "dp_size": draw(st.sampled_from([1, 4])),
-        "seed": draw(st.integers(0, 2**20)),
-    }
-
-
-@given(problem=problems())
+@given(problem=problems)
 def test_matches_reference(device, problem):
-    generator = torch.Generator().manual_seed(problem["seed"])
-    layout = cases.layout(problem["kind"], problem["seqs"], problem["length"], generator, device)
-    tensors = draw_inputs(layout.shape, generator, device, problem["dtypes"], problem["strides"])
-    mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
-    if mask is not None:
-        mask = cases.restride(mask.to(device), problem["strides"][3])
-    count = torch.tensor(11, device=device) if problem["count"] == "tensor" else problem["count"]
-    options = {"clip_range": problem["clip_range"], "reduction": problem["reduction"], **layout.options}
-    if count is not None:
-        options |= {"batch_num_tokens": count, "global_batch_size": count, "dp_size": problem["dp_size"]}
-    if problem["kind"] == "packed" or problem["seed"] % 2:
-        options["loss_scale_factor"] = 7.0
-    grad_loss = torch.randn(layout.shape, generator=generator).to(device) if problem["reduction"] == "none" else None
-    if (
-        grad_loss is not None
-        and torch.float64 in problem["dtypes"][: 2 if problem["clip_range"] is not None else 1] + problem["dtypes"][2:]
-    ):
-        grad_loss = grad_loss.double()
-    check(*tensors, mask, grad_loss=grad_loss, **options)
-
-
-SHAPES = {
-    "one token": (1, 1),
-    "one column": (5, 1),
-    "odd T": (3, 7),
-    "T of a warp and one": (4, 33),
-    "longer than a tile": (2, 1500),
-    "longer than a chunk": (2, 17000),
-    "many short rows": (6000, 3),
-    "one long row": (1, 40000),
-}
+    compare_problem(problem, device)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -105,23 +24,13 @@ SHAPES = {
 @pytest.mark.parametrize("time_dim", [-1, 0])
 @pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
 def test_shapes(device, shape, reduction, time_dim, clip_range):
-    generator = torch.Generator().manual_seed(0)
-    shape = shape if time_dim == -1 else shape[::-1]
-    tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
-    mask = cases.mask(shape, torch.bool, generator).to(device)
-    check(*tensors, mask, reduction=reduction, time_dim=time_dim, clip_range=clip_range)
+    compare_shape(shape, reduction, time_dim, clip_range, device)
 
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_padding_mask(device, reduction, time_dim):
-    """Long stretches of valid and of masked tokens, with NaN in the latter: the kernels take them by shortcuts."""
-    generator = torch.Generator().manual_seed(9)
-    lengths = torch.tensor([3000, 0, 1024, 1025, 5])
-    mask = torch.arange(3000) < lengths[:, None]
-    tensors = [torch.where(mask, x, math.nan) for x in draw_inputs((5, 3000), generator, "cpu", [torch.float32] * 3, ["contiguous"] * 3)]
-    arranged = [(x if time_dim == -1 else x.t().contiguous()).to(device) for x in (*tensors, mask)]
-    check(*arranged, reduction=reduction, time_dim=time_dim)
+    compare_padding(reduction, time_dim, device)
 
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
@@ -266,7 +175,7 @@ def test_expanded_inputs_and_gradient(device):
     values = torch.randn(4, 9, device=device)
     old, returns = torch.randn(4, 1, device=device).expand(4, 9), torch.randn(9, device=device).expand(4, 9)
     mask = torch.tensor([[True]], device=device).expand(4, 9)
-    check(values, old, returns, mask)
+    compare(values, old, returns, mask)
     leaf = values.clone().requires_grad_()
     fused_critic.value_loss(leaf, old, returns, mask, reduction="none").loss.sum().backward()
     cases.assert_close(leaf.grad, reference.value_loss(values, old, returns, mask, reduction="none").grad, 1e-6)

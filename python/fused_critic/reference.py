@@ -1,4 +1,7 @@
-"""The specification: both operators in plain float64 torch, token by token, as the formulas read. Slow on purpose."""
+"""The specification: the operators in plain float64, token by token on the CPU, as the formulas read. Slow on purpose.
+
+The tests and ``python -m fused_critic check`` hold every kernel against it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,13 @@ def sequences(shape, cu_seqlens=None, time_dim=-1):
 
 
 def _nested(x):
-    return None if x is None else x.detach().to("cpu", torch.float64).tolist()
+    """Nested lists of float64 numbers; of 0-d tensors where a gradient is wanted."""
+    if x is None:
+        return None
+    x = x.to("cpu", torch.float64)
+    if not x.requires_grad:
+        return x.tolist()
+    return list(x.unbind()) if x.dim() == 1 else [row.unbind() for row in x.unbind()]
 
 
 def _at(nested, index):
@@ -38,7 +47,7 @@ def value_loss(
     """loss (a float; for "none" a tensor), grad (d loss / d values, times grad_loss), and a dict of statistics."""
     shape = values.shape
     floating = mask is not None and mask.dtype.is_floating_point
-    v, o, r, m = (_nested(x) for x in (values, old_values, returns, mask))
+    v, o, r, m = (_nested(None if x is None else x.detach()) for x in (values, old_values, returns, mask))
     low, high = (None, None) if clip_range is None else (clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range))
     rows = sequences(shape, cu_seqlens, time_dim)
 
@@ -91,7 +100,7 @@ def value_loss(
 
     grad = torch.zeros(shape, dtype=torch.float64)
     per_token = torch.zeros(shape, dtype=torch.float64)
-    upstream = None if grad_loss is None else _nested(grad_loss)
+    upstream = None if grad_loss is None else _nested(grad_loss.detach())
     for s, index, w, loss, slope, *_ in tokens:
         g = 1.0 if upstream is None else (upstream if isinstance(upstream, float) else _at(upstream, index))
         grad[index] = g * share(s) * w * slope
@@ -129,32 +138,49 @@ def value_loss(
 
 def gae(
     rewards, values, mask=None, *, gamma, lam, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
-    cu_seqlens=None, time_dim=-1,
+    cu_seqlens=None, time_dim=-1, whiten=False,
 ):  # fmt: skip
     """advantages and returns, float64, as a differentiable function of whatever requires grad."""
     shape = rewards.shape
+    gamma, lam = float(gamma), float(lam)
+    r, v, m, ends, cuts, following = (_nested(x) for x in (rewards, values, mask, terminated, truncated, next_values))
+    bootstrap = None if bootstrap_values is None else _nested(bootstrap_values.reshape(-1))
     advantages, returns = {}, {}
     for s, row in enumerate(sequences(shape, cu_seqlens, time_dim)):
-        next_value = 0.0 if bootstrap_values is None else bootstrap_values.double().reshape(-1)[s]
+        next_value = 0.0 if bootstrap is None else bootstrap[s]
         next_advantage = 0.0
         for index in reversed(row):
-            if mask is not None and not mask[index] != 0:
+            if m is not None and _at(m, index) == 0:
                 continue
-            ends = terminated is not None and bool(terminated[index] != 0)
-            cut = truncated is not None and bool(truncated[index] != 0)
-            reward, value = rewards[index].double(), values[index].double()
-            following = next_value if next_values is None else next_values[index].double()
-            delta = reward + (0.0 if ends else gamma * following) - value
-            advantage = delta + (0.0 if ends or cut else gamma * lam * next_advantage)
+            ended = ends is not None and _at(ends, index) != 0
+            cut = cuts is not None and _at(cuts, index) != 0
+            reward, value = _at(r, index), _at(v, index)
+            next_value = next_value if following is None else _at(following, index)
+            delta = reward + (0.0 if ended else gamma * next_value) - value
+            advantage = delta + (0.0 if ended or cut else gamma * lam * next_advantage)
             advantages[index], returns[index] = advantage, advantage + value
             next_value, next_advantage = value, advantage
 
     def assemble(found):
-        zero = rewards.new_zeros((), dtype=torch.float64)
-        flat = [found.get(index, zero) for index in _all_indices(shape)]
-        return torch.stack(flat).reshape(shape) if flat else rewards.new_zeros(shape, dtype=torch.float64)
+        flat = [found.get(index, 0.0) for index in _all_indices(shape)]
+        if any(isinstance(x, torch.Tensor) for x in flat):
+            return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in flat]).reshape(shape)
+        return torch.tensor(flat, dtype=torch.float64).reshape(shape)
 
-    return SimpleNamespace(advantages=assemble(advantages), returns=assemble(returns))
+    advantages, returns = assemble(advantages), assemble(returns)
+    return SimpleNamespace(advantages=masked_whiten(advantages, mask) if whiten else advantages, returns=returns)
+
+
+def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8):
+    """float64, as a differentiable function of x."""
+    x = x.to("cpu", torch.float64)
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    chosen = x[valid]
+    if chosen.numel() < 2:
+        return torch.zeros_like(x)
+    mean, variance = chosen.mean(), chosen.var(correction=int(unbiased))
+    whitened = (x - mean) * torch.rsqrt(variance + eps) + (0.0 if shift_mean else mean)
+    return torch.where(valid, whitened, 0.0)
 
 
 def _all_indices(shape):

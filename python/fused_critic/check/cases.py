@@ -1,4 +1,4 @@
-"""Inputs for the tests: layouts, memory layouts, masks."""
+"""Inputs and tolerances that the tests and ``python -m fused_critic check`` share: layouts, memory layouts, masks."""
 
 from __future__ import annotations
 
@@ -70,26 +70,38 @@ def mask(shape, dtype, generator, density=0.6):
     return valid.to(dtype) if dtype == torch.bool else valid.to(dtype) * 3
 
 
-def tolerance(*dtypes):
-    """Relative to the largest magnitude: float32 arithmetic (float64 if an input is float64), rounded once to the output's dtype."""
-    return 1e-10 if torch.float64 in dtypes else 2e-5
-
-
+# Relative to the largest magnitude of a result, or to 1 where that is less.
+FLOAT64_TOLERANCE = 1e-10
+FLOAT32_TOLERANCE = 2e-5
+WHITEN_TOLERANCE = 1e-5  # float32
+STATISTICS_TOLERANCE = 2e-5  # relative and absolute, of each statistic
 ROUNDING = {torch.float64: 0.0, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
+def tolerance(*dtypes):
+    """Of what is computed from these: in float32, or in float64 if one of them is; what is stored in another dtype adds its ROUNDING."""
+    return FLOAT64_TOLERANCE if torch.float64 in dtypes else FLOAT32_TOLERANCE
+
+
+def stored(tol, dtype):
+    """The tolerance of what was computed to `tol` and then rounded to `dtype`."""
+    return max(tol, ROUNDING[dtype])
+
+
 def assert_close(got, expected, tol, what=""):
+    """The difference as a share of what is allowed; AssertionError where that exceeds 1 (or is NaN)."""
     got, expected = (torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (got, expected))
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if got.numel() == 0:
-        return
+        return 0.0
     scale = max(1.0, float(expected.abs().max()))
     worst = (got - expected).abs().argmax()
     difference = float((got - expected).abs().flatten()[worst])
     assert difference <= tol * scale, (
         f"{what}: differs by {difference:.3g} (allowed {tol * scale:.3g}) at flat index {int(worst)}: "
-        f"got {float(got.flatten()[worst])}, expected {float(expected.flatten()[worst])}"
+        f"got {float(got.flatten()[worst]):.9g}, expected {float(expected.flatten()[worst]):.9g}"
     )
+    return difference / (tol * scale)
 
 
 def assert_same_bits(a, b, what=""):
