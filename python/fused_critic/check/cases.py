@@ -110,6 +110,8 @@ def assert_same_bits(a, b, what=""):
     assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     different = (a.view(integers) != b.view(integers)).nonzero()
-    assert len(different) == 0, (
-        f"{what}: first of {len(different)} different elements at {int(different[0])}: {a[different[0]]} against {b[different[0]]}"
-    )
+    if len(different):
+        first = int(different[0])
+        raise AssertionError(
+            f"{what}: {len(different)} of {len(a)} elements differ, the first at {first}: {a[first].item()!r} against {b[first].item()!r}"
+        )

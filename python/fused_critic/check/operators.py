@@ -1,0 +1,197 @@
+"""Checks of the operators themselves: right to the tolerance, and the same bits every time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import torch
+
+import fused_critic
+
+from . import cases, gae, value_loss
+from .runner import CORRECTNESS, DETERMINISM, Context, NotApplicable, check
+
+EMPTY_SHAPES = [(0, 5), (5, 0), (0,), (0, 0)]
+TIME_DIMS = {"[B, T]": -1, "[T, B]": 0}
+REPEATS = 5
+SAME_BITS_STRIDES = ("row-strided", "misaligned")  # the others may be another kernel's, which adds in another order
+GRADIENT_SHAPE_TOKENS = 5000  # shapes of more are checked masked only: the reference's gradient is slow
+
+
+def describe(problem: dict) -> str:
+    def words(value):
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        return "x".join(map(str, value)) if isinstance(value, tuple) and isinstance(value[0], int) else str(value)
+
+    told = []
+    for name, value in problem.items():
+        if name in ("dtypes", "strides"):
+            value = value[:1] if len(set(value)) == 1 else value
+            told.append(f"{name} " + "/".join(map(words, value)))
+        elif name in ("kind", "size", "reduction"):
+            told.append(words(value))
+        elif name != "seed":
+            told.append(f"{name} {words(value)}")
+    return ", ".join(told)
+
+
+@check(CORRECTNESS, "value-loss", "loss, gradient, statistics: layouts, reductions, clip ranges, dtypes, strides, masks", sampled=True)
+def _(context: Context):
+    for problem in value_loss.problems():
+        yield describe(problem), partial(value_loss.compare_problem, problem, context.device)
+
+
+@check(CORRECTNESS, "value-loss-shapes", "one token, odd T, around the tile sizes, one long row, many short rows", sampled=True)
+def _(context: Context):
+    reductions, clips = ("token-mean", "seq-mean-token-mean"), (0.2, None)
+    for (name, shape), reduction, layout, clip in itertools.product(value_loss.SHAPES.items(), reductions, TIME_DIMS, clips):
+        title = f"{name} {shape}, {layout}, {reduction}, clip {clip}"
+        yield title, partial(value_loss.compare_shape, shape, reduction, TIME_DIMS[layout], clip, context.device)
+
+
+@check(CORRECTNESS, "value-loss-edges", "NaN in padding, everything masked, nothing at all")
+def _(context: Context):
+    for reduction in cases.REDUCTIONS:
+        for layout, time_dim in TIME_DIMS.items():
+            yield f"NaN in padding, {layout}, {reduction}", partial(value_loss.compare_padding, reduction, time_dim, context.device)
+        yield f"all masked, {reduction}", partial(value_loss.compare_all_masked, reduction, context.device)
+        for shape in EMPTY_SHAPES:
+            yield f"empty {shape}, {reduction}", partial(value_loss.compare_empty, shape, reduction, context.device)
+
+
+@check(CORRECTNESS, "gae", "advantages and returns: layouts, flags, next and bootstrap values, dtypes, strides, masks", sampled=True)
+def _(context: Context):
+    for problem in gae.problems():
+        yield describe(problem), partial(gae.compare_problem, problem, context.device)
+
+
+@check(CORRECTNESS, "gae-gradient", "the adjoint, for the same problems", sampled=True)
+def _(context: Context):
+    for problem in gae.problems():
+        yield describe(problem), partial(gae.compare_problem, problem, context.device, gae.compare_gradients)
+
+
+def _gae_shapes(context: Context, function, most_plain_tokens: float):
+    for (name, shape), masked, layout in itertools.product(gae.SHAPES.items(), (False, True), TIME_DIMS):
+        if masked or shape[0] * shape[1] <= most_plain_tokens:
+            title = f"{name} {shape}, {layout}, {'masked' if masked else 'plain'}"
+            yield title, partial(gae.compare_shape, shape, masked, TIME_DIMS[layout], context.device, function)
+
+
+@check(CORRECTNESS, "gae-shapes", "one token, odd T, around the tile sizes, one long row, many short rows", sampled=True)
+def _(context: Context):
+    yield from _gae_shapes(context, gae.compare, most_plain_tokens=math.inf)
+
+
+@check(CORRECTNESS, "gae-gradient-shapes", "the adjoint at the same shapes", sampled=True)
+def _(context: Context):
+    yield from _gae_shapes(context, gae.compare_gradients, GRADIENT_SHAPE_TOKENS)
+
+
+@check(CORRECTNESS, "gae-edges", "NaN in padding, everything masked, nothing at all, one long segment among short ones")
+def _(context: Context):
+    for what, function in {"": gae.compare, ", gradient": gae.compare_gradients}.items():
+        for layout, time_dim in TIME_DIMS.items():
+            yield f"NaN in padding, {layout}{what}", partial(gae.compare_padding, time_dim, context.device, function)
+        yield f"all masked{what}", partial(gae.compare_all_masked, context.device, function)
+        yield f"packed, one long segment{what}", partial(gae.compare_one_long_segment, context.device, function)
+    for shape in EMPTY_SHAPES:
+        yield f"empty {shape}", partial(gae.compare_empty, shape, context.device)
+
+
+@check(CORRECTNESS, "whiten", "masked_whiten with its gradient, and gae(whiten=True)", sampled=True)
+def _(context: Context):
+    for dtype, mask in itertools.product(cases.DTYPES, cases.MASKS):
+        for options in gae.WHITEN_OPTIONS:
+            yield f"{dtype}, mask {mask}, {options or 'defaults'}", partial(gae.compare_whiten, dtype, mask, options, context.device)
+    for dtype, masked in itertools.product(cases.DTYPES, (False, True)):
+        title = f"gradient, {dtype}, {'masked' if masked else 'plain'}"
+        yield title, partial(gae.compare_whiten_gradient, dtype, masked, context.device)
+    for kind, mask in itertools.product(cases.LAYOUTS, (None, torch.bool, torch.float32)):
+        yield f"gae(whiten=True), {kind}, mask {mask}", partial(gae.compare_whitened, kind, mask, context.device)
+    yield "far from zero", partial(gae.compare_whiten_far_from_zero, context.device)
+    for valid, shift_mean in itertools.product((0, 1), (True, False)):
+        yield f"{valid} valid, shift_mean={shift_mean}", partial(gae.compare_whiten_few, valid, shift_mean, context.device)
+
+
+# What is repeated below: all results of an operator, as tensors, for inputs that are the same in every call.
+def _loss_results(reduction, time_dim, stride, device):
+    generator = torch.Generator().manual_seed(6)
+    shape = (7, 3000) if time_dim == -1 else (3000, 7)
+    dtypes = [torch.bfloat16, torch.float32, torch.float32]
+    tensors = value_loss.draw_inputs(shape, generator, device, dtypes, [stride] * 3)
+    mask = cases.restride(cases.mask(shape, torch.bool, generator).to(device), stride)
+    loss, grad, stats = value_loss.run(*tensors, mask, reduction=reduction, time_dim=time_dim)
+    return {"loss": loss, "gradient": grad, "statistics": stats.moments}
+
+
+def _gae_results(shape, time_dim, stride, device, whiten=False):
+    generator = torch.Generator().manual_seed(3)
+    shape = shape if time_dim == -1 else shape[::-1]
+    rewards, values, *weights = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+    mask = cases.restride(cases.mask(shape, torch.bool, generator).to(device), stride)
+    rewards, values = (cases.restride(x, stride).requires_grad_() for x in (rewards, values))
+    out = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim, whiten=whiten)
+    grads = torch.autograd.grad(tuple(out), (rewards, values), weights)
+    names = ("advantages", "returns", "gradient of rewards", "gradient of values")
+    return dict(zip(names, (*(x.detach() for x in out), *grads)))
+
+
+def _calls(device):
+    for reduction, (layout, time_dim) in itertools.product(cases.REDUCTIONS, TIME_DIMS.items()):
+        yield f"value loss, {reduction}, {layout}", lambda stride, r=reduction, t=time_dim: _loss_results(r, t, stride, device)
+    for shape, (layout, time_dim) in itertools.product([(3, 9000), (1, 30_000), (500, 70)], TIME_DIMS.items()):
+        yield f"GAE of {shape}, {layout}", lambda stride, s=shape, t=time_dim: _gae_results(s, t, stride, device)
+    yield "GAE, whitened", lambda stride: _gae_results((40, 300), -1, stride, device, whiten=True)
+
+
+def _same(results, others, what):
+    for name, tensor in results.items():
+        cases.assert_same_bits(others[name], tensor, f"{name}, {what}")
+
+
+@check(DETERMINISM, "repeat", f"{REPEATS} runs, forward and backward", sampled=True)
+def _(context: Context):
+    def repeat(call):
+        first = call("contiguous")
+        for number in range(1, REPEATS):
+            _same(first, call("contiguous"), f"run {number}")
+
+    for title, call in _calls(context.device):
+        yield title, partial(repeat, call)
+
+
+@check(DETERMINISM, "views", "the same data in misaligned and row-strided views; in other strided views, to the tolerance", sampled=True)
+def _(context: Context):
+    def compare_with(call, stride):
+        contiguous, strided = call("contiguous"), call(stride)
+        if stride in SAME_BITS_STRIDES:
+            return _same(contiguous, strided, stride)
+        tolerances = {name: cases.stored(cases.FLOAT32_TOLERANCE, x.dtype) for name, x in contiguous.items()}
+        return max(cases.assert_close(strided[name], x, tolerances[name], f"{name}, {stride}") for name, x in contiguous.items())
+
+    for (title, call), stride in itertools.product(_calls(context.device), cases.STRIDES[1:]):
+        yield f"{title}, {stride}", partial(compare_with, call, stride)
+
+
+@check(DETERMINISM, "threads", "every number of CPU threads", sampled=True)
+def _(context: Context):
+    def compare_threads(call):
+        if context.device.type != "cpu":
+            raise NotApplicable("for the CPU kernels")
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            first = call("contiguous")
+            for threads in {2, 3, 7, before} - {1}:
+                torch.set_num_threads(threads)
+                _same(first, call("contiguous"), f"{threads} threads")
+        finally:
+            torch.set_num_threads(before)
+
+    for title, call in _calls(context.device):
+        if title != "GAE, whitened":  # masked_whiten's sums are torch's own
+            yield title, partial(compare_threads, call)
