@@ -27,13 +27,18 @@ LOSS_BACKWARD_BYTES = LOSS_FORWARD_BYTES + 4  # and the gradient
 GAE_BYTES = 4 + 4 + 4 + 4  # reward, value; advantage, return
 MASK_BYTES = 1
 
-SIZES = {  # B x T, small to large
+# B x T, small to large.
+SIZES = {
     "cpu": [(64, 1024), (1024, 1024)],
     "cuda": [(64, 1024), (256, 4096), (1024, 16384)],
 }
+TIME_MAJOR_SIZES = {  # many short sequences, as of parallel environments
+    "cpu": [(1024, 64), (4096, 256)],
+    "cuda": [(1024, 64), (16384, 64), (65536, 256)],
+}
 ROUNDS = 9
 LEAST_ROUNDS = 3  # of a contender so slow that its runs have used up SECONDS_PER_CONTENDER
-SECONDS_PER_CONTENDER = 0.5
+SECONDS_PER_CONTENDER = 0.3
 LONGEST_LOOP = 20_000  # steps of a plain loop over time
 LEAST_FLUSH = 64 * 2**20  # bytes
 MOST_FLUSH = 512 * 2**20
@@ -207,13 +212,13 @@ def _(context: Context):
     rows = []
     for operator, backward in (("loss forward", False), ("loss with backward", True)):
         rows += [(operator, shape, functools.partial(loss_workload, shape, backward, device)) for shape in sizes]
-    for operator, masked, time_dim in (("GAE", False, -1), ("GAE, masked", True, -1), ("GAE, [T, B]", False, 0)):
-        for batch, length in sizes:
-            shape = (batch, length) if time_dim == -1 else (length, batch)  # many short sequences, as of parallel environments
-            rows.append((operator, shape, functools.partial(gae_workload, shape, masked, time_dim, device)))
-    for batch, length in sizes:
-        shape = (1, batch * length)
-        rows.append(("GAE, one row", shape, functools.partial(gae_workload, shape, False, -1, device)))
+    for operator, shapes, masked, time_dim in (
+        ("GAE", sizes, False, -1),
+        ("GAE, masked", sizes, True, -1),
+        ("GAE, [T, B]", TIME_MAJOR_SIZES[device.type], False, 0),
+        ("GAE, one row", [(1, batch * length) for batch, length in sizes], False, -1),
+    ):
+        rows += [(operator, shape, functools.partial(gae_workload, shape, masked, time_dim, device)) for shape in shapes]
     for operator, shape, make in rows:
         yield f"{operator}, B x T = {shape[0]} x {shape[1]}", functools.partial(measure, make, operator, shape, context)
 
