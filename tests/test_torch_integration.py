@@ -7,16 +7,11 @@ import fused_critic
 import pytest
 import torch
 from fused_critic.check import cases
+from fused_critic.check.torch_features import STEPS, compare_results, critic_step, inputs, run_step
 from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.fused_critic
 SMALL = (2, 4)  # gradcheck calls an operator several times per element
-
-
-def inputs(device, shape=(4, 9), dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    values, old_values, returns = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    return values, old_values, returns, cases.mask(shape, torch.bool, generator).to(device)
 
 
 def number(x, device):
@@ -134,22 +129,6 @@ def test_no_graph_under_no_grad(device):
     assert output.loss.requires_grad and not output.stats.moments.requires_grad
 
 
-def critic_step(values, old_values, rewards, mask, clip_range, count, gamma, lam):
-    advantages, returns = fused_critic.gae(rewards, values.detach(), mask, gamma=gamma, lam=lam)
-    loss, stats = fused_critic.value_loss(values, old_values, returns, mask, clip_range=clip_range, batch_num_tokens=count)
-    return advantages, loss, stats
-
-
-def run_step(function, device, shape, numbers):
-    values, old, rewards, mask = inputs(device, shape)
-    advantages, loss, stats = function(values.requires_grad_(), old, rewards, mask, *numbers)
-    loss.backward()
-    return advantages, loss.detach(), values.grad, stats.moments
-
-
-STEPS = [(0.2, 10, 0.99, 0.95), (0.3, 11, 0.98, 0.9), (0.25, 17, 0.97, 0.8), (0.1, 27, 0.9, 0.7)]
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(device, backend):
     if backend == "inductor" and device != "cpu":
@@ -158,8 +137,8 @@ def test_compile_fullgraph(device, backend):
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(critic_step, backend=counter, fullgraph=True, dynamic=True)
     for numbers, shape in zip(STEPS, [(4, 9), (4, 9), (5, 12), (6, 13)]):
-        for got, expected in zip(run_step(compiled, device, shape, numbers), run_step(critic_step, device, shape, numbers)):
-            cases.assert_close(got, expected, 1e-6)
+        tensors = inputs(device, shape)
+        compare_results(run_step(compiled, tensors, numbers), run_step(critic_step, tensors, numbers), tolerance=1e-6)
     assert counter.frame_count == 1, "a number or a shape that changed was compiled again"
 
 
@@ -170,9 +149,8 @@ def test_compile_with_tensor_numbers_never_recompiles(device):
     compiled = torch.compile(critic_step, backend=counter, fullgraph=True)
     compilations = 0  # of the first call
     for numbers in STEPS:
-        tensors = [number(x, device) for x in numbers]
-        for got, expected in zip(run_step(compiled, device, (4, 9), tensors), run_step(critic_step, device, (4, 9), numbers)):
-            cases.assert_close(got, expected, 1e-6)
+        tensors, tensor_numbers = inputs(device), [number(x, device) for x in numbers]
+        compare_results(run_step(compiled, tensors, tensor_numbers), run_step(critic_step, tensors, numbers), tolerance=1e-6)
         compilations = compilations or counter.frame_count
     assert counter.frame_count == compilations
 
@@ -268,11 +246,10 @@ def test_deterministic_algorithms_mode(device):
 def test_second_device_and_side_stream(device):
     if device != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    expected = [run_step(critic_step, "cpu", (5, 40), STEPS[0])]
+    expected = run_step(critic_step, inputs("cpu", (5, 40)), STEPS[0])
     stream = torch.cuda.Stream("cuda:1")
     with torch.cuda.stream(stream):
-        got = run_step(critic_step, "cuda:1", (5, 40), STEPS[0])
+        got = run_step(critic_step, inputs("cuda:1", (5, 40)), STEPS[0])
     stream.synchronize()
-    for a, b in zip(got, expected[0]):
-        assert a.device == torch.device("cuda:1")
-        cases.assert_close(a, b, 1e-5)
+    assert all(tensor.device == torch.device("cuda:1") for tensor in got.values())
+    compare_results(got, expected, tolerance=1e-5)

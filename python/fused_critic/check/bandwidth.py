@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -225,12 +224,16 @@ def _(context: Context):
 
 def explain(device: torch.device) -> str:
     clock = "CUDA events, the host's part hidden behind a pause" if device.type == "cuda" else "perf_counter"
-    load = f" Load of this machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs." if hasattr(os, "getloadavg") else ""
     return (
         f"float32; medians of up to {ROUNDS} interleaved runs, {clock}; cold cache: {flush_bytes(device) / 2**20:.0f} MiB are written before each "
         "run. GB/s of the bytes that have to be moved, and that as a share of a torch copy of as many bytes; the other columns: how many times as "
-        f"long plain torch and torch.compile of it take.{load}"
+        f"long plain torch and torch.compile of it take."
     )
+
+
+def disturbed(measured: dict[str, Any]) -> bool:
+    """Whether something else kept the machine busy: a median far above the least time."""
+    return any(measured["seconds"][name] > 2 * measured["least_seconds"][name] for name in ("fused_critic", "copy"))
 
 
 HEADER = f"{'':18} {'B x T':>12} {'MB':>6} {'time':>8} {'GB/s':>6} {'of copy':>7} {'eager':>7} {'compiled':>8}"

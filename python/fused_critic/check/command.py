@@ -22,6 +22,7 @@ from .runner import BANDWIDTH, FAIL, NOT_APPLICABLE, PASS, Context, Outcome, Tal
 
 DEFAULT_REPORT = "fused_critic_check.json"
 FAILURES_SHOWN = 3  # of one check; the report has all
+MESSAGE_LINES = 4  # of a failure; likewise
 MOST_COLUMNS = 120
 LABEL_COLUMNS = 24
 REPORTED_VARIABLES = ("FUSED_CRITIC_", "FAKECUDA", "CUDA_", "PYTORCH_", "TORCH", "ATEN_", "OMP_", "MKL_", "CC", "CXX")
@@ -129,6 +130,8 @@ def _environment(context: Context) -> dict[str, Any]:
     info.pop("operators")
     if context.simulated:
         info["warnings"].append("the device is simulated: nothing is timed, and CUDA graphs and compiled kernels are not run")
+    if hasattr(os, "getloadavg"):
+        info["load"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(REPORTED_VARIABLES)}
     return {"checked_device": str(context.device), "simulated": context.simulated, **info, "environment_variables": variables}
 
@@ -238,9 +241,12 @@ class Screen:
         self.line(f"{tally.check.name:{LABEL_COLUMNS}}{self._coloured(tally.status):4}  {what} ({tally.seconds:.1f} s)")
         for outcome in failed[:FAILURES_SHOWN]:
             self.text(f"{outcome.name}: {outcome.title}", indent="    ")
-            self.text(outcome.message or "", indent="        ")
+            self.text("\n".join((outcome.message or "").splitlines()[:MESSAGE_LINES]), indent="        ")
         if len(failed) > FAILURES_SHOWN:
             self.line(f"    and {len(failed) - FAILURES_SHOWN} more")
+        busy = sum(bandwidth.disturbed(outcome.measured) for outcome in tally.outcomes if outcome.measured)
+        if busy:
+            self.text(f"other work disturbed {busy} of these rows: their medians are more than twice their least times", indent="    ")
         if left_out and ran:
             for reason in dict.fromkeys(outcome.message for outcome in left_out):
                 count = sum(outcome.message == reason for outcome in left_out)
@@ -258,6 +264,8 @@ class Screen:
         counts = f"{report['failed']} of {report['checks']} checks failed" if report["failed"] else f"{report['checks']} checks"
         if not report["checks"]:
             counts = "nothing could be checked"
+        if report["environment"]["warnings"]:
+            counts += f", {len(report['environment']['warnings'])} warning{'s' * (len(report['environment']['warnings']) > 1)}"
         if report["not_applicable"]:
             counts += f", {report['not_applicable']} not applicable"
         self.line(f"{self._coloured(report['verdict'])}: {counts}, {report['seconds']:.0f} s on {report['environment']['checked_device']}")
