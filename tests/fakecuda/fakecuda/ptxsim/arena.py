@@ -49,6 +49,7 @@ class Arena:
     def _index(self):
         self.views = {k: self.mem.view(UINT[k]) for k in (1, 2, 4, 8)}
         self.starts = np.array([o for o, _, _ in self.items] or [0], np.int64)
+        self.recent = 0, 0  # bounds of the buffer that was accessed last
         self.ends = np.array([o + a.size for o, a, _ in self.items] or [0], np.int64)
         # Per 4 bytes the last thread that wrote it plainly / read it with .nc, from 1 on. Zeros cost no memory until they are touched.
         self.writer, self.ncreader = (np.zeros(self.mem.size // 4, np.int64) for _ in range(2))
@@ -61,6 +62,13 @@ class Arena:
 
     def bad(self, off, width):
         """Index of the first out-of-bounds access or -1."""
+        low, high = off.min(), off.max() + width
+        if self.recent[0] <= low and high <= self.recent[1]:
+            return -1
+        k = np.searchsorted(self.starts, low, side="right") - 1
+        if k >= 0 and high <= self.ends[k]:
+            self.recent = self.starts[k], self.ends[k]
+            return -1
         k = np.searchsorted(self.starts, off, side="right") - 1
         ok = (k >= 0) & (off + width <= self.ends[np.maximum(k, 0)])
         return -1 if ok.all() else int(np.argmin(ok))

@@ -10,27 +10,28 @@ class Counting:
 
     def _count(self, ins, sp, off, i, nbytes, write, atomic=False):
         idx = self.all if i is None else i
-        n = idx.size
-        warp = idx >> 5
+        if idx is not self.counted[0]:  # mostly the group of the access before
+            self.counted = idx, idx >> 5, self._warps(idx)
+        _, warp, requests = self.counted
         st = self.rep.mem[ins.pc]
-        req = 1 + int(np.count_nonzero(warp[1:] != warp[:-1]))
-        st["requests"] += req
-        st["bytes"] += n * nbytes
+        st["requests"] += requests
+        st["bytes"] += idx.size * nbytes
         st["space"], st["write"], st["atomic"], st["width"] = sp, write, atomic, nbytes
         if sp == "global":
             sec = off >> 5
             key = (warp << 44) | sec
-            d = np.diff(key)
-            if d.size and (d < 0).any():
-                key = np.sort(key)
-                d = np.diff(key)
-            st["sectors"] += 1 + int(np.count_nonzero(d))
+            if np.count_nonzero(key[1:] < key[:-1]):
+                key.sort()
+            st["sectors"] += 1 + int(np.count_nonzero(key[1:] != key[:-1]))
             (self.mem.wr if write else self.mem.rd).add(sec)
         elif sp == "shared":
             # bank conflicts: 8-byte accesses are served per half warp, 16-byte per quarter warp
-            grp = warp * 4 + (idx & 31) // max(1, 128 // nbytes) if nbytes >= 4 else warp * 4
             words = max(1, nbytes // 4)
             word = off >> 2
+            step = word[1:] - word[:-1]
+            if not np.count_nonzero(step) or not np.count_nonzero((step != 0) & (step != words)):
+                return  # neighbours access the same or adjacent words: never two of one bank
+            grp = warp * 4 + (idx & 31) // max(1, 128 // nbytes) if nbytes >= 4 else warp * 4
             g = np.repeat(grp, words)
             wd = (word[:, None] + np.arange(words)).ravel()
             key = np.unique((g << 32) | wd)

@@ -37,39 +37,43 @@ class Hazards:
         w = t >> 5
         ep, we = self.epoch[self.blk[t]], self.wepoch[w]
         wt = self.Wt[g]
-        hit = (self.We[g] == ep) & (wt != t) & (wt >= 0) & (((wt >> 5) != w) | (self.Ww[g] == we))
-        if atomic:
-            hit &= False
-        if hit.any():
-            self._report_race("write-write" if write else "write-read", ins, g, t, wt, hit)
+        hit = self.We[g] == ep
+        if not atomic and np.count_nonzero(hit):
+            hit = hit & (wt != t) & (wt >= 0) & (((wt >> 5) != w) | (self.Ww[g] == we))
+            if np.count_nonzero(hit):
+                self._report_race("write-write" if write else "write-read", ins, g, t, wt, hit)
         if not write and not atomic:
             un = wt < 0
-            if un.any():
+            if np.count_nonzero(un):
                 q = int(np.argmax(un))
                 self.issue("uninit", ins, int(t[q]), f"reads shared byte {int(g[q]) * G % self.sstride} that was never written")
-            re = self.Re[g] != ep
-            fg = g[re]
-            self.Rt[fg] = t[re]
-            self.Rwarp[fg] = w[re]
-            self.Re[fg] = ep[re]
+            first = self.Re[g] != ep
+            if np.count_nonzero(first):
+                fg = g[first]
+                self.Rt[fg] = t[first]
+                self.Rwarp[fg] = w[first]
+                self.Re[fg] = ep[first]
             cur = self.Rt[g]
             df = (cur != t) & (cur != SEVERAL)
-            dw = self.Rwarp[g] != w
-            self.Rt[g[df & dw]] = SEVERAL
-            s = df & ~dw & (cur >= 0)
-            self.Rt[g[s]] = np.where(self.Rt[g[s]] == SEVERAL, SEVERAL, WARP_MATES)
+            if np.count_nonzero(df):
+                dw = self.Rwarp[g] != w
+                self.Rt[g[df & dw]] = SEVERAL
+                s = df & ~dw & (cur >= 0)
+                self.Rt[g[s]] = np.where(self.Rt[g[s]] == SEVERAL, SEVERAL, WARP_MATES)
             self.Rw[g] = we
             return
-        rt = self.Rt[g]
-        hit = (self.Re[g] == ep) & (rt != t) & (rt != NOBODY) & ((rt == SEVERAL) | (self.Rwarp[g] != w) | (self.Rw[g] == we))
-        if hit.any() and not atomic:
-            self._report_race("read-write", ins, g, t, rt, hit)
+        hit = self.Re[g] == ep
+        if not atomic and np.count_nonzero(hit):
+            rt = self.Rt[g]
+            hit = hit & (rt != t) & (rt != NOBODY) & ((rt == SEVERAL) | (self.Rwarp[g] != w) | (self.Rw[g] == we))
+            if np.count_nonzero(hit):
+                self._report_race("read-write", ins, g, t, rt, hit)
         self.Wt[g] = t
         self.We[g] = ATOMIC if atomic else ep
         self.Ww[g] = we
         if not atomic:
             dup = self.Wt[g] != t
-            if dup.any():
+            if np.count_nonzero(dup):
                 q = int(np.argmax(dup))
                 same = False
                 if val is not None:
@@ -97,7 +101,7 @@ class Hazards:
         wd, g = self._words(off, gid, nbytes)
         wr = self.mem.writer[wd]
         bad = (wr > 0) & (wr != g)
-        if bad.any():
+        if np.count_nonzero(bad):
             k = int(np.argmax(bad)) // max(1, nbytes // 4)
             self.issue(
                 "nc-read-of-written",
@@ -115,14 +119,14 @@ class Hazards:
         prev = wr[wd0]
         if w >= 4:  # narrower stores of neighbours share a word: not tracked for write/write
             clash = (prev > 0) & ((prev - 1) // self.npad != (gid - 1) // self.npad)
-            if clash.any() and any((clash & (o != v)).any() for o, v in zip(old, vals)):
+            if np.count_nonzero(clash) and any((clash & (o != v)).any() for o, v in zip(old, vals)):
                 k = int(np.argmax(clash))
                 self.issue(
                     "global-write-write", ins, int(idx[k]), f"{self.mem.near(int(off[k]))} was written by another block with another value"
                 )
             for k, v in enumerate(vals):
                 lost = view[e + k] != v
-                if lost.any():
+                if np.count_nonzero(lost):
                     q = int(np.argmax(lost))
                     self.issue(
                         "global-write-write",
@@ -135,7 +139,7 @@ class Hazards:
         if w >= 4:
             rd = self.mem.ncreader[wd]
             bad = (rd > 0) & (rd != g)
-            if bad.any():
+            if np.count_nonzero(bad):
                 k = int(np.argmax(bad)) // max(1, w * len(vals) // 4)
                 self.issue(
                     "write-of-nc-read",

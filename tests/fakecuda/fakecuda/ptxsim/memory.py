@@ -13,9 +13,10 @@ class Memory:
     def _gather(self, sp, addr, i, w, nv, ins):
         """-> (view of uint w, element index array) after bounds and alignment checks."""
         n = self.N if i is None else i.size
-        addr = np.broadcast_to(addr, (n,))
+        if addr.size != n:
+            addr = np.full(n, addr[0])
         tot = w * nv
-        if (addr & (tot - 1)).any() if tot & (tot - 1) == 0 else (addr % w).any():
+        if tot > 1 and np.count_nonzero(addr & (tot - 1)):
             k = int(np.argmax((addr & (tot - 1)) != 0))
             raise MemoryFault(f"misaligned {tot}-byte {sp} access at {int(addr[k]):#x}: {self.where(ins, k if i is None else int(i[k]))}")
         if sp == "global":
@@ -28,8 +29,8 @@ class Memory:
                 )
             return self.mem.views[w], off // w, off
         lim = self.smem_bytes if sp == "shared" else self.E.local_bytes
-        bad = (addr < 0) | (addr + tot > lim)
-        if bad.any():
+        if addr.min() < 0 or addr.max() + tot > lim:
+            bad = (addr < 0) | (addr + tot > lim)
             k = int(np.argmax(bad))
             raise MemoryFault(
                 f"out-of-bounds {tot}-byte {sp} access at {int(addr[k])} of {lim} bytes: {self.where(ins, k if i is None else int(i[k]))}"

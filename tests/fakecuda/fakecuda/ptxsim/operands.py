@@ -209,6 +209,13 @@ class Operands:
         ftz = "ftz" in ins.mods and ty == "f32"
         sat = "sat" in ins.mods and TYPES[ty] in (F32, F64, F16)
 
+        if not ftz and not sat and len(src) == 1:
+            (a,) = src
+            return "x", lambda S, i: d(S, i, f(a(S, i)))
+        if not ftz and not sat and len(src) == 2:
+            a, b = src
+            return "x", lambda S, i: d(S, i, f(a(S, i), b(S, i)))
+
         def run(S, i):
             a = [s(S, i) for s in src]
             if ftz:

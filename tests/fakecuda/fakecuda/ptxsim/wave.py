@@ -61,6 +61,7 @@ class Wave(Memory, Counting, Hazards):
         self.wepoch = np.zeros(N // WARP, np.int64)
         self.last = np.zeros(N // WARP, np.int64)  # step in which the warp ran last
         self.steps = 0
+        self.counted = None, None, 0  # a group of threads, their warps, how many these are
         self._init_hazards()
 
     @staticmethod
@@ -82,7 +83,8 @@ class Wave(Memory, Counting, Hazards):
         pc, state = self.pc, self.state
         while True:
             runnable = state == RUN
-            if not runnable.any():
+            ready = np.count_nonzero(runnable)
+            if not ready:
                 if (state == DONE).all():
                     break
                 if not self._unstick():
@@ -93,7 +95,7 @@ class Wave(Memory, Counting, Hazards):
             p, pick = self._choose(pcs, runnable)
             idx = np.flatnonzero((pcs == p) & np.repeat(pick, WARP))
             # While no other thread can run, the same group would be chosen again at every jump.
-            alone = self.rng is None and idx.size == np.count_nonzero(runnable)
+            alone = self.rng is None and idx.size == ready
             while p is not None:
                 p = self._straight(p, idx, alone)
                 if p is not None:
@@ -149,9 +151,10 @@ class Wave(Memory, Counting, Hazards):
                         pv = R[g[0]] if i is None else R[g[0]][i]
                         if g[1]:
                             pv = ~pv
-                        if pv.all():
+                        holds = np.count_nonzero(pv)
+                        if holds == idx.size:
                             fn(self, i)
-                        elif pv.any():
+                        elif holds:
                             fn(self, idx[pv])
                         else:
                             self.rep.skipped[p] += nw
