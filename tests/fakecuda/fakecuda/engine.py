@@ -67,6 +67,10 @@ _card = (C.c_int * 7)()
 lib.fc_card(_card)
 MAJOR, MINOR, SMS, THREADS_SM, BLOCKS_SM, SMEM_SM, SMEM_OPTIN = _card
 CC = MAJOR * 10 + MINOR
+MAX_THREADS, MAX_BLOCK_Z, MAX_GRID = ptxsim.MAX_THREADS, (64,), (2**31 - 1, 65535, 65535)
+SM_REGISTERS, REGISTER_GRAIN = 65536, 256  # registers of an SM; a warp takes a multiple of the grain
+SMEM_DEFAULT = 48 << 10  # bytes of shared memory that a block may have without opting in to more
+POOL = 64 << 30  # bytes of address space for device memory
 ALLOC = np.dtype([("addr", "u8"), ("size", "u8"), ("id", "u8"), ("device", "i4"), ("live", "i4")])
 
 LAUNCHES = []  # one dict per launch, in order
@@ -124,7 +128,7 @@ def table(what):
 class Pool(ptxsim.HostArena):
     """ptxsim's view of the device memory of one device; the bounds are the exact sizes that were asked for."""
 
-    def __init__(self, device, params=(), names=()):
+    def __init__(self, device, params):
         self.table, self.device, self.params = allocations(), device, params
         end = int((self.table["addr"] + self.table["size"]).max()) if self.table.size else BASE
         span = (end - BASE + 1023) // 512 * 512
@@ -135,13 +139,14 @@ class Pool(ptxsim.HostArena):
             self.ends = self.starts + t["size"].astype(np.int64)
 
     def near(self, off):
-        a = BASE + off
+        """Which buffer an address is in, shortly after or before."""
+        a, after, before = BASE + off, 4096, 512
         t = self.table
         k = int(np.searchsorted(t["addr"], np.uint64(max(a, 0)), side="right")) - 1 if t.size else -1
-        if not BASE <= a < BASE + (64 << 30):
+        if not BASE <= a < BASE + POOL:
             return f"{a:#x}: null, host or wild pointer"
-        if k < 0 or a >= int(t["addr"][k]) + int(t["size"][k]) + 4096:
-            if k + 1 >= t.size or int(t["addr"][k + 1]) - a > 512:
+        if k < 0 or a >= int(t["addr"][k]) + int(t["size"][k]) + after:
+            if k + 1 >= t.size or int(t["addr"][k + 1]) - a > before:
                 return f"{a:#x}: no buffer"
             k += 1  # shortly before a buffer
         at, n, i = int(t["addr"][k]), int(t["size"][k]), int(t["id"][k])
@@ -216,6 +221,11 @@ def attributes(f):
         return None, regs, str(e)
 
 
+def warp_registers(regs):
+    """Registers that a warp takes of an SM, at ``regs`` per thread."""
+    return -(-regs * ptxsim.WARP // REGISTER_GRAIN) * REGISTER_GRAIN
+
+
 def _launch(L):
     f = L.f.contents
     name, path = f.name.decode(), f.lib.decode()
@@ -269,13 +279,13 @@ def _launch(L):
     row["registers"], row["static_shared"] = regs, E.shared_bytes
     n = block[0] * block[1] * block[2]
     # what the driver checks
-    if 0 in grid or 0 in block or n > 1024 or block[2] > 64 or grid[0] > 2**31 - 1 or grid[1] > 65535 or grid[2] > 65535:
+    if 0 in grid or 0 in block or n > MAX_THREADS or any(x > most for x, most in zip(grid + block[2:], MAX_GRID + MAX_BLOCK_Z)):
         return fail("Config", "launch-config", "invalid configuration")
     if E.maxntid and n > E.maxntid:
         return fail("InvalidValue", "launch-config", f"{n} threads, __launch_bounds__ says {E.maxntid}")
-    if regs and (regs * 32 + 255) // 256 * 256 * ((n + 31) // 32) > 65536:
+    if regs and warp_registers(regs) * ((n + ptxsim.WARP - 1) // ptxsim.WARP) > SM_REGISTERS:
         return fail("Resources", "launch-config", f"{regs} registers x {n} threads do not fit an SM")
-    limit = max(lib.fc_dyn_smem(L.f, L.device), 49152 - E.shared_bytes)
+    limit = max(lib.fc_dyn_smem(L.f, L.device), SMEM_DEFAULT - E.shared_bytes)
     if L.smem > limit or L.smem + E.shared_bytes > SMEM_OPTIN:
         return fail(
             "InvalidValue",
@@ -375,8 +385,8 @@ def _attr(f, out):
         return ERR.get(err, ERR["NotSupported"])
     o = out.contents
     o.shared, o.local, o.konst, o.regs = E.shared_bytes, E.local_bytes, 0, regs
-    fit = 65536 // ((regs * 32 + 255) // 256 * 256) * 32 if regs else 1024
-    o.max_threads, o.ptx, o.bin = min(E.maxntid or 1024, fit, 1024), fatbin(f.contents.fatbin).best(CC), CC
+    fit = SM_REGISTERS // warp_registers(regs) * ptxsim.WARP if regs else MAX_THREADS
+    o.max_threads, o.ptx, o.bin = min(E.maxntid or MAX_THREADS, fit), fatbin(f.contents.fatbin).best(CC), CC
     return 0
 
 

@@ -31,12 +31,13 @@ from .arena import SECTOR, HostArena
 from .counters import Report
 from .module import Module, Options
 from .rounding import bf16_to_f32, f32_to_bf16
-from .values import DeadlockError, DeviceAssert, MemoryFault, PtxError, Unsupported
+from .values import MAX_THREADS, WARP, DeadlockError, DeviceAssert, MemoryFault, PtxError, Unsupported
 
 __all__ = [
     "DeadlockError",
     "DeviceAssert",
     "HostArena",
+    "MAX_THREADS",
     "MemoryFault",
     "Module",
     "Options",
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "SECTOR",
     "Unsupported",
+    "WARP",
     "bf16_to_f32",
     "f32_to_bf16",
 ]

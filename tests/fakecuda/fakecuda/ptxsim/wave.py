@@ -38,7 +38,6 @@ class Wave(Memory, Counting, Hazards):
         self.block_ids = np.asarray(blocks, np.int64)
         bid = self.block_ids[self.blk]
         real = t < nt
-        self.padded = self.npad != nt
         self.SP = {
             "tid": [t % block[0], t // block[0] % block[1], t // (block[0] * block[1])],
             "ntid": [np.array([x]) for x in block],
