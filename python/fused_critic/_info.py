@@ -61,7 +61,7 @@ def cpu_name() -> str:
 
 def nvidia_driver() -> str | None:
     try:
-        return re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())[1]
+        return re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())[1]
     except (OSError, TypeError):
         return None
 

@@ -39,6 +39,7 @@ ROUNDS = 9
 LEAST_ROUNDS = 3  # of a contender so slow that its runs have used up SECONDS_PER_CONTENDER
 SECONDS_PER_CONTENDER = 0.3
 LONGEST_LOOP = 20_000  # steps of a plain loop over time
+MOST_COMPILATIONS = 64  # of one function: each size, with strides that differ in a loop's first step, and torch stops at 8 otherwise
 LEAST_FLUSH = 64 * 2**20  # bytes
 MOST_FLUSH = 512 * 2**20
 PAUSE_CYCLES = 1_000_000  # of the GPU, about 0.5 ms: the host queues what is timed meanwhile
@@ -164,7 +165,10 @@ class Stopwatch:
 def measure(make: Callable[[], Workload], operator: str, shape, context: Context) -> dict[str, Any]:
     context.needs_real_device()
     try:
-        with torch.cuda.device(context.device) if context.device.type == "cuda" else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS))
+            if context.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(context.device))
             return {"operator": operator, "shape": list(shape), **_measure(make(), context.device)}
     except torch.OutOfMemoryError:
         raise NotApplicable("not enough memory") from None

@@ -28,22 +28,25 @@ LABEL_COLUMNS = 24
 REPORTED_VARIABLES = ("FUSED_CRITIC_", "FAKECUDA", "CUDA_", "PYTORCH_", "TORCH", "ATEN_", "OMP_", "MKL_", "CC", "CXX")
 
 DESCRIPTION = """\
-Checks every operator of this installation on one device and ends with one line, PASS or FAIL.
+Checks every operator of this installation on one device, and ends with one
+line: PASS or FAIL.
 
-Results are compared with a float64 reference, for every dtype, layout and nasty shape; they must be the same bits on
-every run; and torch.compile, CUDA graphs, streams and a second device must work. What cannot be had here (a
-compiler, a second device, ...) is "n/a" with its reason, neither passed nor failed. A table of times ends it."""
+Results are compared with a float64 reference, for every dtype, layout and nasty
+shape; they must be the same bits on every run; torch.compile, CUDA graphs,
+streams and a second device must work. What cannot be had here (a compiler, a
+second device, ...) is "n/a" with its reason: neither passed nor failed. A table
+of times, which decides nothing, comes last."""
 
 EPILOG = """\
 Exit status: 0 PASS, 1 FAIL, 2 wrong arguments.
 
-The report is one JSON file with everything, so that it can be attached to a bug report, read (the verdict and the
-failures come first) and compared by a program.
+The report is one JSON file with everything, so that it can be attached to a bug
+report, read (the verdict and the failures come first) and compared by a program.
 
-  python -m fused_critic check                            everything, on cuda if there is one, else on the cpu
-  python -m fused_critic check --quick                    a sample of the cases, no table of times
-  python -m fused_critic check --device cpu --only gae    one check
-  python -m fused_critic check --only gae/17              one case, as the list of failures names it"""
+  python -m fused_critic check                 everything
+  python -m fused_critic check --quick         a sample of the cases, no times
+  python -m fused_critic check --only gae      one check
+  python -m fused_critic check --only gae/17   one case, as failures name it"""
 
 
 def add_parser(commands) -> None:
@@ -235,7 +238,7 @@ class Screen:
         if failed:
             what = f"{len(failed)} of {what}"
         elif worst:
-            what += f", at most {worst.share_of_tolerance:.0%} of the tolerance"
+            what += f", at most {100 * worst.share_of_tolerance:.2g}% of the tolerance"
         if tally.status == NOT_APPLICABLE:
             what = left_out[0].message or ""
         self.line(f"{tally.check.name:{LABEL_COLUMNS}}{self._coloured(tally.status):4}  {what} ({tally.seconds:.1f} s)")
@@ -257,7 +260,8 @@ class Screen:
         for warning in report["environment"]["warnings"]:
             self.field("warning", warning)
         for failure in report["failures"][:FAILURES_SHOWN]:
-            self.field("failed", f"{failure['name']}, again with: {failure['repeat']}")
+            self.line(f"{'failed':{LABEL_COLUMNS}}{failure['name']}, again with:")
+            self.line(f"  {failure['repeat']}")  # never wrapped: to be copied
         if report["failed"] > FAILURES_SHOWN:
             self.field("", f"and {report['failed'] - FAILURES_SHOWN} more, all in the report")
         self.field("report", path)
