@@ -41,7 +41,7 @@ EPILOG = """\
 Exit status: 0 PASS, 1 FAIL, 2 wrong arguments.
 
 The report is one JSON file with everything, so that it can be attached to a bug
-report, read (the verdict and the failures come first) and compared by a program.
+report, read (verdict and failures come first) and compared by a program.
 
   python -m fused_critic check                 everything
   python -m fused_critic check --quick         a sample of the cases, no times
@@ -206,7 +206,7 @@ class Screen:
 
     def text(self, text: str, indent: str = "") -> None:
         for paragraph in text.splitlines():
-            for line in textwrap.wrap(paragraph, self.columns, initial_indent=indent, subsequent_indent=indent):
+            for line in textwrap.wrap(paragraph, self.columns, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False):
                 self.line(line)
 
     def field(self, label: str, value: object) -> None:
@@ -241,7 +241,9 @@ class Screen:
             what += f", at most {100 * worst.share_of_tolerance:.2g}% of the tolerance"
         if tally.status == NOT_APPLICABLE:
             what = left_out[0].message or ""
-        self.line(f"{tally.check.name:{LABEL_COLUMNS}}{self._coloured(tally.status):4}  {what} ({tally.seconds:.1f} s)")
+        self.line(
+            f"{tally.check.name:{LABEL_COLUMNS}}{self._coloured(tally.status)}{'':{6 - len(tally.status)}}{what} ({tally.seconds:.1f} s)"
+        )
         for outcome in failed[:FAILURES_SHOWN]:
             self.text(f"{outcome.name}: {outcome.title}", indent="    ")
             self.text("\n".join((outcome.message or "").splitlines()[:MESSAGE_LINES]), indent="        ")
