@@ -19,7 +19,8 @@ ops = torch.ops.fused_critic
 def test_value_loss(problem):
     (*tensors, mask, _), given_options = build_value_loss(problem, "cpu")
     clip_range, cu_seqlens, time_dim = (given_options.pop(name) for name in ("clip_range", "cu_seqlens", "time_dim"))
-    low, high = (0.0, 0.0) if clip_range is None else clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+    pair = (0.0, 0.0) if clip_range is None else clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+    low, high = map(float, pair)
     options = {"clip_low": low, "clip_high": high, "clip": clip_range is not None, **given_options}
     for name in ("batch_num_tokens", "global_batch_size"):
         if name in options:

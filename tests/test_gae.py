@@ -7,7 +7,7 @@ import pytest
 import torch
 from fused_critic import reference
 from fused_critic.check import cases
-from fused_critic.check.gae import FACTORS, SHAPES, compare, compare_gradients, compare_one_long_segment, compare_problem, compare_shape
+from fused_critic.check.gae import FACTORS, SHAPES, compare_far, compare_gradients, compare_one_long_segment, compare_problem, compare_shape
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,12 +171,9 @@ def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked)
         cases.assert_same_bits(other.returns, results[0].returns)
 
 
-def test_offsets_beyond_31_bits(device):
-    far = 2**31 + 5
-    storage = torch.empty(far + 16, dtype=torch.bfloat16, device=device)
-    for rewards in (storage[far : far + 12].view(2, 6), storage.as_strided((2, 6), (far, 1)), storage.as_strided((6, 2), (1, far)).t()):
-        rewards.copy_(torch.randn(2, 6, generator=torch.Generator().manual_seed(5)))
-        compare(rewards, torch.ones(2, 6, device=device), gamma=0.99, lam=0.95)
+@pytest.mark.parametrize("place", cases.FAR_PLACES)
+def test_offsets_beyond_31_bits(device, place):
+    compare_far(place, device)
 
 
 def test_whiten(device):

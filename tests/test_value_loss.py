@@ -7,7 +7,17 @@ import pytest
 import torch
 from fused_critic import reference
 from fused_critic.check import cases
-from fused_critic.check.value_loss import FACTORS, SHAPES, compare, compare_padding, compare_problem, compare_shape, draw_inputs, run
+from fused_critic.check.value_loss import (
+    FACTORS,
+    SHAPES,
+    compare_expanded,
+    compare_far,
+    compare_padding,
+    compare_problem,
+    compare_shape,
+    draw_inputs,
+    run,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -172,30 +182,19 @@ def test_same_bits_for_every_number_of_threads(threads, time_dim, reduction):
 
 def test_expanded_inputs_and_gradient(device):
     """Stride 0 in an input, and the expanded gradient that .sum().backward() makes."""
-    values = torch.randn(4, 9, device=device)
-    old, returns = torch.randn(4, 1, device=device).expand(4, 9), torch.randn(9, device=device).expand(4, 9)
+    compare_expanded(device)
+    values, old, returns = (torch.randn(4, 9, device=device) for _ in range(3))
     mask = torch.tensor([[True]], device=device).expand(4, 9)
-    compare(values, old, returns, mask)
     leaf = values.clone().requires_grad_()
     fused_critic.value_loss(leaf, old, returns, mask, reduction="none").loss.sum().backward()
     cases.assert_close(leaf.grad, reference.value_loss(values, old, returns, mask, reduction="none").grad, 1e-6)
 
 
-def test_offsets_beyond_31_bits(device):
-    """Views whose storage offset, row stride or time stride passes 2^31 elements (on the CPU only the touched pages are backed)."""
+@pytest.mark.parametrize("place", cases.FAR_PLACES)
+def test_offsets_beyond_31_bits(device, place):
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 12 * 2**30:
         pytest.skip("needs a GPU with 12 GiB of memory")
-    far = 2**31 + 5
-    storage = torch.empty(far + 16, dtype=torch.bfloat16, device=device)
-    for values in (storage[far : far + 12].view(2, 6), storage.as_strided((2, 6), (far, 1)), storage.as_strided((6, 2), (1, far)).t()):
-        values.copy_(torch.randn(2, 6, generator=torch.Generator().manual_seed(8)))
-        old, returns = torch.zeros(2, 6, device=device), torch.ones(2, 6, device=device)
-        loss, stats = fused_critic.value_loss(values, old, returns)
-        cases.assert_close(loss, reference.value_loss(values, old, returns).loss, 1e-5)
-    values = storage.as_strided((2,), (far,))
-    values.copy_(torch.tensor([0.5, -3.0]))
-    old, returns = torch.zeros(2, device=device), torch.ones(2, device=device)
-    cases.assert_close(fused_critic.value_loss(values, old, returns).loss, reference.value_loss(values, old, returns).loss, 1e-5)
+    compare_far(place, device)
 
 
 def test_inputs_are_not_changed(device):

@@ -48,7 +48,8 @@ def value_loss(
     shape = values.shape
     floating = mask is not None and mask.dtype.is_floating_point
     v, o, r, m = (_nested(None if x is None else x.detach()) for x in (values, old_values, returns, mask))
-    low, high = (None, None) if clip_range is None else (clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range))
+    if clip_range is not None:
+        low, high = (float(x) for x in (clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)))
     rows = sequences(shape, cu_seqlens, time_dim)
 
     def weight(index):

@@ -60,6 +60,22 @@ def restride(x, how):
     return x.contiguous()
 
 
+FAR = 2**31 + 5
+FAR_PLACES = ("storage offset", "row stride", "time stride", "single")
+
+
+def far_views(device):
+    """By FAR_PLACES: small bfloat16 views of one storage that pass 2^31 elements. On the CPU only the touched pages take memory."""
+    storage = torch.empty(FAR + 16, dtype=torch.bfloat16, device=device)
+    views = (
+        storage[FAR : FAR + 12].view(2, 6),
+        storage.as_strided((2, 6), (FAR, 1)),
+        storage.as_strided((6, 2), (1, FAR)).t(),
+        storage.as_strided((2,), (FAR,)),
+    )
+    return dict(zip(FAR_PLACES, views))
+
+
 def mask(shape, dtype, generator, density=0.6):
     """Gaps included; a floating mask is a weight."""
     if dtype is None:

@@ -25,7 +25,17 @@ FAILURES_SHOWN = 3  # of one check; the report has all
 MESSAGE_LINES = 4  # of a failure; likewise
 MOST_COLUMNS = 120
 LABEL_COLUMNS = 24
-REPORTED_VARIABLES = ("FUSED_CRITIC_", "FAKECUDA", "CUDA_", "PYTORCH_", "TORCH", "ATEN_", "OMP_", "MKL_", "CC", "CXX")
+REPORTED_VARIABLES = (
+    "FUSED_CRITIC_",
+    "FAKECUDA",
+    "CUDA_",
+    "PYTORCH_",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "ATEN_",
+    "OMP_",
+    "MKL_",
+)  # that start so
 
 DESCRIPTION = """\
 Checks every operator of this installation on one device, and ends with one

@@ -221,3 +221,10 @@ def compare_whiten_few(valid, shift_mean, device):
     mask[:valid] = 1
     got = fused_critic.masked_whiten(torch.full((6,), 7.0, device=device), mask, shift_mean=shift_mean)
     return cases.assert_close(got, torch.zeros(6), whiten_tolerance(torch.float32), "whitened")
+
+
+def compare_far(place, device):
+    """`place`: one of cases.far_views."""
+    rewards = cases.far_views(device)[place]
+    rewards.copy_(torch.randn(rewards.shape, generator=torch.Generator().manual_seed(5)))
+    return compare(rewards, torch.ones(rewards.shape, device=device), gamma=0.99, lam=0.95)

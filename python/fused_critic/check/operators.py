@@ -62,7 +62,7 @@ def _(context: Context):
         yield title, partial(value_loss.compare_shape, shape, reduction, TIME_DIMS[layout], clip, context.device)
 
 
-@check(CORRECTNESS, "value-loss-edges", "NaN in padding, everything masked, nothing at all", sampled=True)
+@check(CORRECTNESS, "value-loss-edges", "NaN in padding, everything masked, nothing at all, stride 0", sampled=True)
 def _(context: Context):
     for reduction, (layout, time_dim) in itertools.product(cases.REDUCTIONS, TIME_DIMS.items()):
         yield f"NaN in padding, {layout}, {reduction}", partial(value_loss.compare_padding, reduction, time_dim, context.device)
@@ -70,6 +70,7 @@ def _(context: Context):
         yield f"all masked, {reduction}", partial(value_loss.compare_all_masked, reduction, context.device)
     for reduction, shape in itertools.product(cases.REDUCTIONS, EMPTY_SHAPES):
         yield f"empty {shape}, {reduction}", partial(value_loss.compare_empty, shape, reduction, context.device)
+    yield "stride 0", partial(value_loss.compare_expanded, context.device)
 
 
 @check(CORRECTNESS, "gae", "advantages and returns: layouts, flags, next and bootstrap values, dtypes, strides, masks", sampled=True)
@@ -110,6 +111,23 @@ def _(context: Context):
         yield f"packed, one long segment{what}", partial(gae.compare_one_long_segment, context.device, function)
     for shape in EMPTY_SHAPES:
         yield f"empty {shape}", partial(gae.compare_empty, shape, context.device)
+
+
+@check(CORRECTNESS, "far", "offsets and strides beyond 2^31 elements (4 GiB on a GPU)")
+def _(context: Context):
+    def compare_far(compare, place):
+        try:
+            return compare(place, context.device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise NotApplicable("not enough memory") from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):  # the CPU allocator's way to say so
+                raise NotApplicable("not enough memory") from error
+            raise
+
+    for operator, compare in {"value loss": value_loss.compare_far, "GAE": gae.compare_far}.items():
+        for place in cases.FAR_PLACES:
+            yield f"{operator}, {place}", partial(compare_far, compare, place)
 
 
 @check(CORRECTNESS, "whiten", "masked_whiten with its gradient, and gae(whiten=True)", sampled=True)

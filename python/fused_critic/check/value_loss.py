@@ -22,6 +22,7 @@ FACTORS = {
     "mask": cases.MASKS,
     "density": [0.0, 0.3, 0.9, 1.0],
     "clip_range": [0.2, (-0.1, 0.3), 0.0, None],
+    "clip_tensors": [False, True],  # its numbers as 0-d tensors
     "reduction": cases.REDUCTIONS,
     "count": [None, 11, "tensor"],  # batch_num_tokens and global_batch_size
     "dp_size": [1, 4],
@@ -84,7 +85,11 @@ def build(problem, device):
     if mask is not None:
         mask = cases.restride(mask.to(device), problem["strides"][3])
     count = torch.tensor(11, device=device) if problem["count"] == "tensor" else problem["count"]
-    options = {"clip_range": problem["clip_range"], "reduction": problem["reduction"], **layout.options}
+    clip_range = problem["clip_range"]
+    if problem["clip_tensors"] and clip_range is not None:
+        low_and_high = torch.tensor(clip_range, dtype=torch.float64, device=device)
+        clip_range = tuple(low_and_high.unbind()) if low_and_high.dim() else low_and_high
+    options = {"clip_range": clip_range, "reduction": problem["reduction"], **layout.options}
     if count is not None:
         options |= {"batch_num_tokens": count, "global_batch_size": count, "dp_size": problem["dp_size"]}
     if problem["kind"] == "packed" or problem["seed"] % 2:
@@ -92,7 +97,7 @@ def build(problem, device):
     grad_loss = None
     if problem["reduction"] == "none":
         value_dtype, old_dtype, return_dtype = problem["dtypes"]
-        wide = torch.float64 in (value_dtype, return_dtype) or (problem["clip_range"] is not None and old_dtype == torch.float64)
+        wide = torch.float64 in (value_dtype, return_dtype) or (clip_range is not None and old_dtype == torch.float64)
         grad_loss = torch.randn(layout.shape, generator=generator).to(device, torch.float64 if wide else torch.float32)
     return (*tensors, mask, grad_loss), options
 
@@ -145,3 +150,17 @@ def compare_empty(shape, reduction, device):
 def compare_all_masked(reduction, device):
     x = torch.full((3, 10), math.nan, device=device)
     return compare(x, x, x, torch.zeros(3, 10, device=device), reduction=reduction)
+
+
+def compare_expanded(device):
+    """Stride 0 in every input but the values."""
+    generator = torch.Generator().manual_seed(10)
+    values, old, returns = (torch.randn(shape, generator=generator).to(device) for shape in ((4, 9), (4, 1), (9,)))
+    return compare(values, old.expand(4, 9), returns.expand(4, 9), torch.tensor([[True]], device=device).expand(4, 9))
+
+
+def compare_far(place, device):
+    """`place`: one of cases.far_views."""
+    values = cases.far_views(device)[place]
+    values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(8)))
+    return compare(values, torch.zeros_like(values), torch.ones(values.shape, device=device))
