@@ -172,6 +172,33 @@ def test_every_check_of_an_operator_notices(run, monkeypatch):
     assert ran.failed == {"value-loss", "value-loss-shapes", "value-loss-edges", "gae", "gae-shapes", "gae-gradient-shapes"}
 
 
+def test_a_graph_break_fails(run, monkeypatch):
+    def breaking(*arguments, **options):
+        torch._dynamo.graph_break()
+        return original_gae(*arguments, **options)
+
+    monkeypatch.setattr(fused_critic, "gae", breaking)
+    assert run("--only", "compile/0").failed == {"compile"}
+
+
+def test_a_changed_current_device_fails(device, run, monkeypatch):
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+
+    def careless(rewards, *arguments, **options):
+        if rewards.is_cuda:
+            torch.cuda.set_device(rewards.device)
+        return original_gae(rewards, *arguments, **options)
+
+    monkeypatch.setattr(fused_critic, "gae", careless)
+    before = torch.cuda.current_device()
+    try:
+        ran = run("--only", "second-device")
+    finally:
+        torch.cuda.set_device(before)
+    assert ran.report["failures"][0]["message"] == "the current device was changed"
+
+
 def test_an_exception_is_a_failure_and_the_rest_goes_on(run, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("the adjoint\nfell over")

@@ -41,12 +41,12 @@ def compare_results(got, expected, tolerance=cases.FLOAT32_TOLERANCE):
     return max(cases.assert_close(got[name], expected[name], tolerance, name) for name in expected)
 
 
-def compiler_obstacle(device: torch.device) -> str | None:
-    """Why torch.compile cannot make code for this device (no compiler, no Triton, ...); None where it can."""
+def compiler_obstacle(device: torch.device, backend: str = "inductor") -> str | None:
+    """Why torch.compile cannot compile even a trivial function here (no compiler, no Triton, a new Python, ...); None where it can."""
     salt = random.randrange(2**20)  # code that is in no cache yet
 
     try:
-        torch.compile(lambda x: 2 * x + salt, fullgraph=True)(torch.ones(8, device=device))
+        torch.compile(lambda x: 2 * x + salt, backend=backend, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -56,9 +56,9 @@ def compiler_obstacle(device: torch.device) -> str | None:
 def compare_compiled(backend: str, context: Context):
     if backend == "inductor":
         context.needs_real_device()
-        obstacle = compiler_obstacle(context.device)
-        if obstacle:
-            raise NotApplicable(f"torch.compile does not work here: {obstacle}")
+    obstacle = compiler_obstacle(context.device, backend)
+    if obstacle:
+        raise NotApplicable(f"torch.compile does not work here: {obstacle}")
     torch._dynamo.reset()
     compiled = torch.compile(critic_step, backend=backend, fullgraph=True, dynamic=True)
     used = 0.0
