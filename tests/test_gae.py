@@ -171,9 +171,8 @@ def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked)
         cases.assert_same_bits(other.returns, results[0].returns)
 
 
-@pytest.mark.parametrize("place", cases.FAR_PLACES)
-def test_offsets_beyond_31_bits(device, place):
-    compare_far(place, device)
+def test_offsets_beyond_31_bits(device):
+    compare_far(device)
 
 
 def test_whiten(device):

@@ -61,19 +61,29 @@ def restride(x, how):
 
 
 FAR = 2**31 + 5
-FAR_PLACES = ("storage offset", "row stride", "time stride", "single")
 
 
 def far_views(device):
-    """By FAR_PLACES: small bfloat16 views of one storage that pass 2^31 elements. On the CPU only the touched pages take memory."""
+    """Small bfloat16 views of one storage that pass 2^31 elements, by what does. On the CPU only the touched pages take memory."""
     storage = torch.empty(FAR + 16, dtype=torch.bfloat16, device=device)
-    views = (
-        storage[FAR : FAR + 12].view(2, 6),
-        storage.as_strided((2, 6), (FAR, 1)),
-        storage.as_strided((6, 2), (1, FAR)).t(),
-        storage.as_strided((2,), (FAR,)),
-    )
-    return dict(zip(FAR_PLACES, views))
+    return {
+        "storage offset": storage[FAR : FAR + 12].view(2, 6),
+        "row stride": storage.as_strided((2, 6), (FAR, 1)),
+        "time stride": storage.as_strided((6, 2), (1, FAR)).t(),
+        "stride of a single sequence": storage.as_strided((2,), (FAR,)),
+    }
+
+
+def compare_far(compare, device):
+    """The largest of what `compare(view)` returns; its AssertionError, with the view's name."""
+    used = []
+    for name, view in far_views(device).items():
+        view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(8)))
+        try:
+            used.append(compare(view))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    return max(used)
 
 
 def mask(shape, dtype, generator, density=0.6):
