@@ -277,7 +277,11 @@ class Screen:
         if report["failed"] > FAILURES_SHOWN:
             self.field("", f"and {report['failed'] - FAILURES_SHOWN} more, all in the report")
         self.field("report", path)
-        counts = f"{report['failed']} of {report['checks']} checks failed" if report["failed"] else f"{report['checks']} checks"
+        counts = (
+            f"{report['failed']} of {report['checks']} checks failed"
+            if report["failed"]
+            else f"{report['checks']} check{'s' * (report['checks'] != 1)}"
+        )
         if not report["checks"]:
             counts = "nothing could be checked"
         if report["environment"]["warnings"]:
