@@ -11,11 +11,35 @@
 namespace fused_critic::cuda {
 namespace {
 
+// gamma and lambda: their factors if the host knows both, else the tensors, which the kernel reads.
+template <typename T>
+struct Discount {
+  GaeFactors<T> factors;
+  bool on_device, has_next_values;
+  Number gamma, lam;
+
+  Discount() = default;
+  Discount(const Number& gamma, const Number& lam, bool has_next_values)
+      : factors(gae_factors<T>(gamma.value, lam.value, has_next_values)), on_device(gamma.data != nullptr || lam.data != nullptr),
+        has_next_values(has_next_values), gamma(gamma), lam(lam) {}
+
+  __device__ __forceinline__ GaeFactors<T> load() const {
+    return on_device ? gae_factors<T>(load_number(gamma), load_number(lam), has_next_values) : factors;
+  }
+};
+
+// The flags that change a step. kAll: any of terminated, truncated and next_values.
+enum class Ends { kNone, kTerminated, kAll };
+
+inline Ends ends_of(bool terminated, bool others) { return others ? Ends::kAll : (terminated ? Ends::kTerminated : Ends::kNone); }
+
+template <typename T>
 struct GaeScanParams {
   ScanInput rewards, values, mask, terminated, truncated, next_values;
-  Operand bootstrap;
-  Number gamma, lam;
   ScanOutput advantages, returns;
+  Operand bootstrap;  // used without next_values only
+  Discount<T> discount;
+  Ends ends;
 };
 
 // Scanned from the last token to the first. kConstant: no mask, no flags, no next values: every step's factor is gamma lam.
@@ -26,8 +50,9 @@ class GaeScan {
   static constexpr bool kReverse = true;
   static constexpr bool kConstantFactor = kConstant;
 
-  using Params = GaeScanParams;
+  using Params = GaeScanParams<T>;
 
+  // What the call has no operand for stays unset and unread.
   template <typename At>
   struct Raw {
     typename At::Numbers reward, value, next_value;
@@ -35,16 +60,13 @@ class GaeScan {
   };
 
   struct Token {
-    GaeStep<T> step;
+    T ret;    // the return if x = 0 entered the thread's first token,
+    T power;  // and how much it grows with that x (unset if kConstant)
+    T value;
     bool valid;
   };
 
-  __device__ __forceinline__ explicit GaeScan(const Params& p) : p_(p) {
-    const double gamma = load_number(p.gamma), lam = load_number(p.lam);
-    gamma_ = static_cast<T>(gamma);
-    gamma_lam_ = static_cast<T>(gamma * lam);
-    gamma_carried_ = !kConstant && p.next_values ? T(0) : gamma_;
-  }
+  __device__ __forceinline__ explicit GaeScan(const Params& p) : p_(p), f_(p.discount.load()) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -53,79 +75,100 @@ class GaeScan {
     raw.value = at.fetch(p_.values);
     if constexpr (!kConstant) {
       raw.valid = at.fetch_valid(p_.mask);
-      raw.terminated = at.fetch_flags(p_.terminated);
-      raw.truncated = at.fetch_flags(p_.truncated);
-      raw.next_value = at.fetch_optional(p_.next_values);
+      if (p_.ends != Ends::kNone) raw.terminated = at.fetch_flags(p_.terminated);
+      if (p_.ends == Ends::kAll) {
+        raw.truncated = at.fetch_flags(p_.truncated);
+        raw.next_value = at.fetch_optional(p_.next_values);
+      }
     }
     return raw;
   }
 
   template <typename At>
-  __device__ __forceinline__ void decode(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
-    constexpr int N = At::kTokens;
-    T reward[N], value[N];
-    at.numbers(p_.rewards, raw.reward, reward);
-    at.numbers(p_.values, raw.value, value);
-    if constexpr (kConstant) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) tokens[i] = {gae_step(reward[i], value[i], false), true};
-    } else {
-      if (p_.next_values) {
-        T next_value[N];
-        at.numbers(p_.next_values, raw.next_value, next_value);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          tokens[i].step = gae_step(reward[i], value[i], next_value[i], at.test(raw.terminated, i), at.test(raw.truncated, i), gamma_);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) tokens[i].step = gae_step(reward[i], value[i], at.test(raw.terminated, i));
-      }
-#pragma unroll
-      for (int i = 0; i < N; ++i) tokens[i].valid = at.test(raw.valid, i);
-    }
-  }
-
-  __device__ __forceinline__ Affine<T> map(const Token& t) const {
-    const Affine<T> m = gae_map(t.step, t.step.value, gamma_carried_, gamma_lam_);
-    // Selected number by number: as a whole it becomes a branch, which diverges.
-    return {t.valid ? m.a : T(1), t.valid ? m.b : T(0)};
+  __device__ __forceinline__ Affine<T> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
+    if (p_.ends == Ends::kTerminated) return compose_with<Ends::kTerminated>(at, raw, tokens);
+    return compose_with<Ends::kAll>(at, raw, tokens);
   }
 
   template <typename At>
-  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], const T (&entering)[At::kTokens]) const {
-    T advantage[At::kTokens], ret[At::kTokens];
+  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], T x) const {
+    constexpr int N = At::kTokens;
+    T advantage[N], ret[N];
+    T power = T(1);
 #pragma unroll
-    for (int i = 0; i < At::kTokens; ++i) {
-      const T a = gae_advantage(tokens[i].step, entering[i]);
-      advantage[i] = tokens[i].valid ? a : T(0);
-      ret[i] = tokens[i].valid ? a + tokens[i].step.value : T(0);
+    for (int j = 0; j < N; ++j) {
+      const int i = in_scan_order<kReverse, N>(j);
+      const Token& t = tokens[i];
+      const T r = t.ret + (kConstant ? power : t.power) * x;
+      ret[i] = t.valid ? r : T(0);
+      advantage[i] = ret[i] - t.value;
+      power *= f_.gamma_lam;
     }
     at.write(p_.advantages, advantage);
     at.write(p_.returns, ret);
   }
 
-  __device__ __forceinline__ T factor() const { return gamma_lam_; }
+  __device__ __forceinline__ T factor() const { return f_.gamma_lam; }
 
   __device__ __forceinline__ T initial(int64_t seq) const {
-    const bool used = p_.bootstrap.data != nullptr && (kConstant || !p_.next_values);
-    return used ? gamma_ * load<T>(p_.bootstrap.data, p_.bootstrap.dtype, seq * p_.bootstrap.seq_stride) : T(0);
+    const Operand& bootstrap = p_.bootstrap;
+    return bootstrap.data != nullptr ? f_.gamma * load<T>(bootstrap.data, bootstrap.dtype, seq * bootstrap.seq_stride) : T(0);
   }
 
   __device__ __forceinline__ void finish(int64_t, T) const {}
 
  private:
+  template <Ends kEnds, typename At>
+  __device__ __forceinline__ Affine<T> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    constexpr int N = At::kTokens;
+    T reward[N], value[N], next_value[N];
+    at.numbers(p_.rewards, raw.reward, reward);
+    at.numbers(p_.values, raw.value, value);
+    if constexpr (kEnds == Ends::kAll) at.numbers(p_.next_values, raw.next_value, next_value);
+    T x = T(0), power = T(1);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int i = in_scan_order<kReverse, N>(j);
+      Token& t = tokens[i];
+      t.valid = kConstant || at.test(raw.valid, i);
+      // Skipped tokens as numbers that leave x as it is; never as products, for what they hold may be anything.
+      T factor = f_.gamma_lam;
+      if constexpr (!kConstant) {
+        reward[i] = t.valid ? reward[i] : T(0);
+        value[i] = t.valid ? value[i] : T(0);
+        factor = t.valid ? factor : T(1);
+      }
+      if constexpr (kEnds != Ends::kNone) {
+        const bool terminated = t.valid && at.test(raw.terminated, i);
+        bool done = terminated;
+        if constexpr (kEnds == Ends::kAll) {
+          done = done || (t.valid && at.test(raw.truncated, i));
+          reward[i] += t.valid && !terminated ? f_.gamma * next_value[i] : T(0);
+        }
+        x = done ? T(0) : x;
+        power = done ? T(0) : power;
+      }
+      t.ret = j == 0 ? reward[i] : reward[i] + x;
+      t.power = power;
+      t.value = value[i];
+      x = gae_leaving(t.ret, t.value, factor, f_.value);
+      power *= factor;
+    }
+    return {power, x};
+  }
+
   const Params p_;
-  T gamma_, gamma_lam_;
-  T gamma_carried_;  // the factor of V in the carry: gamma without next_values, 0 with them
+  const GaeFactors<T> f_;
 };
 
+template <typename T>
 struct GaeAdjointParams {
   ScanInput grad_advantages, grad_returns, mask, terminated, truncated;
-  bool has_next_values;
-  Number gamma, lam;
   ScanOutput grad_rewards, grad_values, grad_next_values;
   Output grad_bootstrap;
+  Discount<T> discount;
+  Ends ends;
 };
 
 // Scanned from the first token to the last. kConstant: no mask and no flags.
@@ -136,8 +179,9 @@ class GaeAdjointScan {
   static constexpr bool kReverse = false;
   static constexpr bool kConstantFactor = kConstant;
 
-  using Params = GaeAdjointParams;
+  using Params = GaeAdjointParams<T>;
 
+  // What the call has no operand for stays unset and unread.
   template <typename At>
   struct Raw {
     typename At::Numbers grad_advantage, grad_return;
@@ -145,16 +189,13 @@ class GaeAdjointScan {
   };
 
   struct Token {
-    T grad;         // of the advantage, whether it leaves as such or within the return
+    T p;      // if q = 0 entered the thread's first token,
+    T power;  // and how much it grows with that q (unset if kConstant). A skipped token's p is the q that passes it.
     T grad_return;
     bool valid, terminated, done;
   };
 
-  __device__ __forceinline__ explicit GaeAdjointScan(const Params& p) : p_(p) {
-    const double gamma = load_number(p.gamma), lam = load_number(p.lam);
-    gamma_ = static_cast<T>(gamma);
-    gamma_lam_ = static_cast<T>(gamma * lam);
-  }
+  __device__ __forceinline__ explicit GaeAdjointScan(const Params& p) : p_(p), f_(p.discount.load()) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -163,63 +204,84 @@ class GaeAdjointScan {
     raw.grad_return = at.fetch_optional(p_.grad_returns);
     if constexpr (!kConstant) {
       raw.valid = at.fetch_valid(p_.mask);
-      raw.terminated = at.fetch_flags(p_.terminated);
-      raw.truncated = at.fetch_flags(p_.truncated);
+      if (p_.ends != Ends::kNone) {
+        raw.terminated = at.fetch_flags(p_.terminated);
+        raw.truncated = at.fetch_flags(p_.truncated);
+      }
     }
     return raw;
   }
 
   template <typename At>
-  __device__ __forceinline__ void decode(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
-    constexpr int N = At::kTokens;
-    T grad_advantage[N] = {}, grad_return[N] = {};
-    if (p_.grad_advantages) at.numbers(p_.grad_advantages, raw.grad_advantage, grad_advantage);
-    if (p_.grad_returns) at.numbers(p_.grad_returns, raw.grad_return, grad_return);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      tokens[i] = {grad_advantage[i] + grad_return[i], grad_return[i], true, false, false};
-      if constexpr (!kConstant) {
-        tokens[i].valid = at.test(raw.valid, i);
-        tokens[i].terminated = at.test(raw.terminated, i);
-        tokens[i].done = tokens[i].terminated || at.test(raw.truncated, i);
-      }
-    }
-  }
-
-  __device__ __forceinline__ Affine<T> map(const Token& t) const {
-    const Affine<T> m = gae_adjoint_map(t.grad, t.done, gamma_lam_);
-    return {t.valid ? m.a : T(1), t.valid ? m.b : T(0)};
+  __device__ __forceinline__ Affine<T> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    return kConstant || p_.ends == Ends::kNone ? compose_with<false>(at, raw, tokens) : compose_with<true>(at, raw, tokens);
   }
 
   template <typename At>
-  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], const T (&entering)[At::kTokens]) const {
-    T reward[At::kTokens], value[At::kTokens], next_value[At::kTokens];
+  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], T q) const {
+    constexpr int N = At::kTokens;
+    T reward[N], value[N], next_value[N];
+    const T gamma_carried = p_.discount.has_next_values ? T(0) : f_.gamma;
+    const T first = q;
+    T power = f_.gamma_lam;
 #pragma unroll
-    for (int i = 0; i < At::kTokens; ++i) {
+    for (int i = 0; i < N; ++i) {
       const Token& t = tokens[i];
-      const T p = t.grad + gamma_lam_ * entering[i];
-      const T from_before = p_.has_next_values ? T(0) : gamma_ * entering[i];
+      const T p = t.p + (kConstant ? power : t.power) * first;
+      const T v = (t.grad_return - p) + gamma_carried * q;
       reward[i] = t.valid ? p : T(0);
-      value[i] = t.valid ? t.grad_return - p + from_before : T(0);
-      next_value[i] = t.valid && !t.terminated ? gamma_ * p : T(0);
+      value[i] = t.valid ? v : T(0);
+      next_value[i] = t.valid && !t.terminated ? f_.gamma * p : T(0);
+      q = t.done ? T(0) : p;
+      power *= f_.gamma_lam;
     }
     if (p_.grad_rewards) at.write(p_.grad_rewards, reward);
     if (p_.grad_values) at.write(p_.grad_values, value);
     if (p_.grad_next_values) at.write(p_.grad_next_values, next_value);
   }
 
-  __device__ __forceinline__ T factor() const { return gamma_lam_; }
+  __device__ __forceinline__ T factor() const { return f_.gamma_lam; }
   __device__ __forceinline__ T initial(int64_t) const { return T(0); }
 
   // The carry that leaves is (1 - done) p of the last valid token; a bootstrap is used without next_values only, where done is terminated.
   __device__ __forceinline__ void finish(int64_t seq, T leaving) const {
     const Output& out = p_.grad_bootstrap;
-    if (out.data != nullptr) static_cast<T*>(out.data)[seq * out.seq_stride] = p_.has_next_values ? T(0) : gamma_ * leaving;
+    if (out.data != nullptr) static_cast<T*>(out.data)[seq * out.seq_stride] = p_.discount.has_next_values ? T(0) : f_.gamma * leaving;
   }
 
  private:
+  template <bool kEnds, typename At>
+  __device__ __forceinline__ Affine<T> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    constexpr int N = At::kTokens;
+    T grad_advantage[N] = {}, grad_return[N] = {};
+    if (p_.grad_advantages) at.numbers(p_.grad_advantages, raw.grad_advantage, grad_advantage);
+    if (p_.grad_returns) at.numbers(p_.grad_returns, raw.grad_return, grad_return);
+    T q = T(0), power = T(1);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      Token& t = tokens[i];
+      t = {grad_advantage[i] + grad_return[i], T(0), grad_return[i], true, false, false};
+      T factor = f_.gamma_lam;
+      if constexpr (!kConstant) {
+        t.valid = at.test(raw.valid, i);
+        t.p = t.valid ? t.p : T(0);
+        factor = t.valid ? factor : T(1);
+      }
+      if constexpr (kEnds) {
+        t.terminated = t.valid && at.test(raw.terminated, i);
+        t.done = t.terminated || (t.valid && at.test(raw.truncated, i));
+      }
+      if (i > 0) t.p = gae_adjoint(t.p, q, factor);
+      power *= factor;
+      t.power = power;
+      q = t.done ? T(0) : t.p;
+      power = t.done ? T(0) : power;
+    }
+    return {power, q};
+  }
+
   const Params p_;
-  T gamma_, gamma_lam_;
+  const GaeFactors<T> f_;
 };
 
 template <typename T>
@@ -227,44 +289,50 @@ constexpr DType accumulation_type() {
   return sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 }
 
+template <typename T>
 struct GaeCall {
-  GaeScanParams params;
+  GaeScanParams<T> params;
   ScanPlan plan;
   bool constant;
 };
 
 template <typename T>
-GaeCall prepare(const GaeParams& p) {
+GaeCall<T> prepare(const GaeParams& p) {
   const Output& reference = p.advantages;
   ScanTensors add(p.layout, reference.data, reference.dtype, reference.seq_stride, reference.time_stride, accumulation_type<T>());
-  GaeCall call;
+  GaeCall<T> call;
+  const bool has_next_values = p.next_values.data != nullptr;
   call.params = {add.number(p.rewards), add.number(p.values), add.flag(p.mask), add.flag(p.terminated), add.flag(p.truncated),
-                 add.number(p.next_values), p.bootstrap_values, p.gamma, p.lam, add.output(p.advantages), add.output(p.returns)};
+                 add.number(p.next_values), add.output(p.advantages), add.output(p.returns),
+                 has_next_values ? Operand{} : p.bootstrap_values, Discount<T>(p.gamma, p.lam, has_next_values),
+                 ends_of(p.terminated.data != nullptr, has_next_values || p.truncated.data != nullptr)};
   call.plan = add.plan();
-  call.constant = p.mask.data == nullptr && p.terminated.data == nullptr && p.truncated.data == nullptr && p.next_values.data == nullptr;
+  call.constant = p.mask.data == nullptr && call.params.ends == Ends::kNone;
   return call;
 }
 
+template <typename T>
 struct GaeAdjointCall {
-  GaeAdjointParams params;
+  GaeAdjointParams<T> params;
   ScanPlan plan;
   bool constant;
 };
 
 template <typename T>
-GaeAdjointCall prepare(const GaeBackwardParams& p) {
+GaeAdjointCall<T> prepare(const GaeBackwardParams& p) {
   // Any one of the tensors that are present tells how the caller lays tokens out; outputs are never expanded.
   Operand reference = p.grad_advantages;
   for (const Output* out : {&p.grad_next_values, &p.grad_values, &p.grad_rewards}) {
     if (out->data != nullptr) reference = {out->data, out->dtype, out->seq_stride, out->time_stride};
   }
   ScanTensors add(p.layout, reference.data, reference.dtype, reference.seq_stride, reference.time_stride, accumulation_type<T>());
-  GaeAdjointCall call;
+  GaeAdjointCall<T> call;
   call.params = {add.number(p.grad_advantages), add.number(p.grad_returns), add.flag(p.mask), add.flag(p.terminated), add.flag(p.truncated),
-                 p.has_next_values, p.gamma, p.lam, add.output(p.grad_rewards), add.output(p.grad_values), add.output(p.grad_next_values),
-                 p.grad_bootstrap};
+                 add.output(p.grad_rewards), add.output(p.grad_values), add.output(p.grad_next_values), p.grad_bootstrap,
+                 Discount<T>(p.gamma, p.lam, p.has_next_values),
+                 ends_of(p.terminated.data != nullptr, p.truncated.data != nullptr)};
   call.plan = add.plan();
-  call.constant = p.mask.data == nullptr && p.terminated.data == nullptr && p.truncated.data == nullptr;
+  call.constant = p.mask.data == nullptr && call.params.ends == Ends::kNone;
   return call;
 }
 
@@ -272,10 +340,9 @@ GaeAdjointCall prepare(const GaeBackwardParams& p) {
 // general access alone.
 template <typename T, template <typename, bool> class Op, typename Call>
 void launch(const Call& call, void* workspace, cudaStream_t stream) {
-  const bool chunked = call.plan.shape == ScanShape::kChunkedRows;
   if constexpr (sizeof(T) == sizeof(float)) {
     if (call.plan.access == Access::kPlain) {
-      if (call.constant && !chunked) {
+      if (call.constant) {
         launch_scan<Op<T, true>, Access::kPlain>(call.params, call.plan, workspace, stream);
       } else {
         launch_scan<Op<T, false>, Access::kPlain>(call.params, call.plan, workspace, stream);

@@ -9,13 +9,13 @@
 //     static constexpr bool kConstantFactor;     // true: every token has a == factor(), and none is skipped
 //     explicit Op(const Params&);
 //     template <typename At> struct Raw;         // what fetch() loads for the At::kTokens tokens of one thread: At::Numbers and At::Flags
-//     struct Token;                              // one decoded token
+//     struct Token;                              // what emit() needs of a token
 //     Raw<At> fetch(const At&) const;            // loads only, so that all of a tile are in flight before the first is used
-//     void decode(const At&, const Raw<At>&, Token (&)[At::kTokens]) const;
-//     Affine<T> map(const Token&) const;         // the identity for a token that is skipped or outside of the sequence
-//     void emit(const At&, const Token (&)[N], const T (&entering)[N]) const;  // At writes live tokens only
+//     // Decodes the tokens and walks them as if x = 0 entered the first. A token that is skipped or outside of the sequence is the identity.
+//     Affine<T> compose(const At&, const Raw<At>&, Token (&)[At::kTokens]) const;
+//     void emit(const At&, const Token (&)[At::kTokens], T x) const;  // x enters the first; At writes live tokens only
 //     T factor() const;                          // kConstantFactor only
-//     T initial(int64_t seq) const;              // the x that enters the sequence
+//     T initial(int64_t seq) const;              // the x that enters the sequence; 0 if not kReverse
 //     void finish(int64_t seq, T leaving) const; // called once per sequence with the x that leaves it
 //   };
 //
@@ -82,18 +82,23 @@ static_assert(ScanGeometry::kRowThreads * ScanGeometry::row_min_blocks(sizeof(fl
 
 // --- operands ------------------------------------------------------------------------------------------------------------------
 
-// An operand or output as the kernels see it. vec: pack_aligned() to the reference phase of the launch.
-// Packed sequences: seq_stride is the time stride, and a segment's first token takes the place of the sequence's index.
+// An operand or output as the kernels see it: token t of row r lies row_bytes * r + time_bytes * t after data. vec: pack_aligned() to the
+// reference phase of the launch. Packed sequences: a segment's first token takes the place of the row's index.
 struct ScanInput {
-  Operand x;
+  const void* data = nullptr;
+  int64_t row_bytes = 0, time_bytes = 0;
+  DType dtype = DType::kFloat32;
   bool vec = false;
-  __device__ explicit operator bool() const { return x.data != nullptr; }
+  __device__ explicit operator bool() const { return data != nullptr; }
+  __device__ __forceinline__ const char* row(int64_t r) const { return static_cast<const char*>(data) + r * row_bytes; }
 };
 
 struct ScanOutput {
-  Output x;
+  void* data = nullptr;
+  int64_t row_bytes = 0, time_bytes = 0;
   bool vec = false;
-  __device__ explicit operator bool() const { return x.data != nullptr; }
+  __device__ explicit operator bool() const { return data != nullptr; }
+  __device__ __forceinline__ char* row(int64_t r) const { return static_cast<char*>(data) + r * row_bytes; }
 };
 
 template <bool kReverse, int N>
@@ -115,12 +120,9 @@ __device__ __forceinline__ uint32_t flag_bytes(const RawPack<T>& raw, DType dtyp
 // As fetch_scalar, walking one address by one step in bytes: loops over tiles keep those two of every operand, where the addresses of all
 // elements in all sizes would be kept, and spilled.
 template <typename T>
-__device__ __forceinline__ RawPack<T> fetch_strided(const Operand& x, int64_t offset, int64_t step, unsigned live) {
+__device__ __forceinline__ RawPack<T> fetch_strided(const char* at, DType dtype, int64_t step, unsigned live) {
   RawPack<T> raw = {};
-  const int size = dtype_size(x.dtype);
-  const char* at = static_cast<const char*>(x.data) + offset * size;
-  step *= size;
-  switch (size) {
+  switch (dtype_size(dtype)) {
     case 4:
 #pragma unroll
       for (int i = 0; i < kVec; ++i, at += step)
@@ -144,7 +146,7 @@ __device__ __forceinline__ RawPack<T> fetch_strided(const Operand& x, int64_t of
         if constexpr (sizeof(T) == 8) {
           raw.word[2 * i] = u.x, raw.word[2 * i + 1] = u.y;
         } else {
-          raw.word[i] = x.dtype == DType::kInt64 ? u.x | u.y : __float_as_uint(static_cast<float>(__hiloint2double(u.y, u.x)));
+          raw.word[i] = dtype == DType::kInt64 ? u.x | u.y : __float_as_uint(static_cast<float>(__hiloint2double(u.y, u.x)));
         }
       }
       break;
@@ -167,20 +169,18 @@ struct RowTokens {
   int64_t origin, first;
   unsigned live;
 
-  __device__ __forceinline__ int64_t load_first() const { return live != 0 ? first : 0; }
+  __device__ __forceinline__ int64_t token() const { return !kRegular || live != 0 ? first : 0; }
   __device__ __forceinline__ bool vectorised(bool vec) const { return kRegular || (vec && live == kAllLive); }
 
-  // Row first, then token, in bytes: the row's part is the same for every tile, the token's for every operand of a size.
-  template <typename S>
+  // Row first, then token: the row's part is the same for every tile, the token's for every operand of a size.
+  template <typename S>  // kVec elements
   __device__ __forceinline__ const S* aligned(const ScanInput& in) const {
-    const S* row = static_cast<const S*>(in.x.data) + origin * in.x.seq_stride;
-    const int64_t token = kRegular ? load_first() : first * in.x.time_stride;
-    return reinterpret_cast<const S*>(reinterpret_cast<const char*>(row) + token * int64_t{sizeof(S)});
+    return reinterpret_cast<const S*>(in.row(origin) + token() * int64_t{sizeof(S) / kVec});
   }
 
   __device__ __forceinline__ Numbers fetch(const ScanInput& in) const {
-    if (kPlain || (vectorised(in.vec) && in.x.dtype == DType::kFloat32)) {
-      const float4 u = __ldg(reinterpret_cast<const float4*>(aligned<float>(in)));
+    if (kPlain || (vectorised(in.vec) && in.dtype == DType::kFloat32)) {
+      const float4 u = __ldg(aligned<float4>(in));
       Numbers raw = {};
       raw.word[0] = __float_as_uint(u.x), raw.word[1] = __float_as_uint(u.y);
       raw.word[2] = __float_as_uint(u.z), raw.word[3] = __float_as_uint(u.w);
@@ -190,13 +190,13 @@ struct RowTokens {
   }
 
   __device__ __forceinline__ Numbers fetch_other(const ScanInput& in) const {
-    const int64_t at = origin * in.x.seq_stride + (kRegular ? load_first() : first * in.x.time_stride);
-    return vectorised(in.vec) ? cuda::fetch<T>(in.x, at, 1, kAllLive, true) : fetch_strided<T>(in.x, at, in.x.time_stride, live);
+    if (vectorised(in.vec)) return fetch_vector<T>(Operand{in.row(origin), in.dtype}, token());
+    return fetch_strided<T>(in.row(origin) + first * in.time_bytes, in.dtype, in.time_bytes, live);
   }
 
   __device__ __forceinline__ Flags fetch_present(const ScanInput& in) const {
-    if (kPlain || (vectorised(in.vec) && in.x.dtype == DType::kInt8)) return __ldg(reinterpret_cast<const uint32_t*>(aligned<uint8_t>(in)));
-    return flag_bytes<T>(fetch_other(in), in.x.dtype);
+    if (kPlain || (vectorised(in.vec) && in.dtype == DType::kInt8)) return __ldg(aligned<uint32_t>(in));
+    return flag_bytes<T>(fetch_other(in), in.dtype);
   }
 
   // Zero where the operand is absent.
@@ -215,10 +215,10 @@ struct RowTokens {
 
   __device__ __forceinline__ void numbers(const ScanInput& in, const Numbers& raw, T (&out)[kTokens]) const {
     Pack<T> p;
-    if (kPlain || (sizeof(T) == sizeof(float) && in.x.dtype == DType::kFloat32)) {
+    if (kPlain || (sizeof(T) == sizeof(float) && in.dtype == DType::kFloat32)) {
       p = unpack<T>(raw, DType::kFloat32);
     } else {
-      p = unpack<T>(raw, in.x.dtype);
+      p = unpack<T>(raw, in.dtype);
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) out[i] = p.v[i];
@@ -228,9 +228,8 @@ struct RowTokens {
 
   // Outputs of a scan are of type T.
   __device__ __forceinline__ void write(const ScanOutput& out, const T (&v)[kTokens]) const {
-    const int64_t step = kRegular ? 1 : out.x.time_stride;
-    T* at = static_cast<T*>(out.x.data) + origin * out.x.seq_stride + first * step;
     if (vectorised(out.vec)) {
+      char* at = out.row(origin) + token() * int64_t{sizeof(T)};
       // The explicit store intrinsics keep the vector: a plain assignment has been seen to be split into scalar stores.
       if constexpr (sizeof(T) == sizeof(float)) {
         __stcg(reinterpret_cast<float4*>(at), make_float4(v[0], v[1], v[2], v[3]));
@@ -239,9 +238,10 @@ struct RowTokens {
         __stcg(reinterpret_cast<double2*>(at) + 1, make_double2(v[2], v[3]));
       }
     } else {
+      char* at = out.row(origin) + first * out.time_bytes;
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i)
-        if (live >> i & 1) at[i * step] = v[i];
+      for (int i = 0; i < kTokens; ++i, at += out.time_bytes)
+        if (live >> i & 1) *reinterpret_cast<T*>(at) = v[i];
     }
   }
 };
@@ -267,15 +267,15 @@ struct ColumnTokens {
   template <typename S, typename R, typename F>
   __device__ __forceinline__ R fetch_as(const ScanInput& in, F&& convert) const {
     R raw;
-    const S* at = static_cast<const S*>(in.x.data) + origin * in.x.seq_stride + first * in.x.time_stride;
+    const char* at = in.row(origin) + first * in.time_bytes;
     if (full()) {
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += in.x.time_stride) raw.v[i] = convert(__ldg(at));
+      for (int i = 0; i < N; ++i, at += in.time_bytes) raw.v[i] = convert(__ldg(reinterpret_cast<const S*>(at)));
     } else {
       raw = {};
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += in.x.time_stride)
-        if (live(i)) raw.v[i] = convert(__ldg(at));
+      for (int i = 0; i < N; ++i, at += in.time_bytes)
+        if (live(i)) raw.v[i] = convert(__ldg(reinterpret_cast<const S*>(at)));
     }
     return raw;
   }
@@ -284,7 +284,7 @@ struct ColumnTokens {
     const auto number = [](auto v) { return static_cast<T>(v); };
     const auto flag = [](auto v) { return v != 0 ? T(1) : T(0); };
     if constexpr (kPlain) return fetch_as<T, Numbers>(in, number);
-    switch (in.x.dtype) {
+    switch (in.dtype) {
       case DType::kFloat64: return fetch_as<double, Numbers>(in, number);
       case DType::kFloat32: return fetch_as<float, Numbers>(in, number);
       case DType::kBFloat16: return fetch_as<__nv_bfloat16, Numbers>(in, [](auto v) { return static_cast<T>(__bfloat162float(v)); });
@@ -331,14 +331,14 @@ struct ColumnTokens {
 
   // Outputs of a scan are of type T.
   __device__ __forceinline__ void write(const ScanOutput& out, const T (&v)[kTokens]) const {
-    T* at = static_cast<T*>(out.x.data) + origin * out.x.seq_stride + first * out.x.time_stride;
+    char* at = out.row(origin) + first * out.time_bytes;
     if (full()) {
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += out.x.time_stride) __stcs(at, v[i]);
+      for (int i = 0; i < N; ++i, at += out.time_bytes) __stcs(reinterpret_cast<T*>(at), v[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += out.x.time_stride)
-        if (live(i)) __stcs(at, v[i]);
+      for (int i = 0; i < N; ++i, at += out.time_bytes)
+        if (live(i)) __stcs(reinterpret_cast<T*>(at), v[i]);
     }
   }
 };
@@ -383,30 +383,6 @@ __device__ __forceinline__ Row row_at(const RowLayout& rows, int64_t seq) {
     row.last = row.packs > 0 ? row.packs - 1 : 0;
     return row;
   }
-}
-
-// The maps of one thread's tokens, composed in scan order.
-template <typename Op, int N>
-__device__ __forceinline__ Affine<typename Op::Scalar> compose_tokens(const Op& op, const typename Op::Token (&tokens)[N]) {
-  Affine<typename Op::Scalar> m = op.map(tokens[in_scan_order<Op::kReverse, N>(0)]);
-#pragma unroll
-  for (int i = 1; i < N; ++i) m = compose(op.map(tokens[in_scan_order<Op::kReverse, N>(i)]), m);
-  return m;
-}
-
-// Walks the tokens with the x that enters the first of them, emits, and returns the x that leaves the last.
-template <typename Op, typename At>
-__device__ __forceinline__ typename Op::Scalar walk(const Op& op, const At& at, const typename Op::Token (&tokens)[At::kTokens],
-                                                    typename Op::Scalar x) {
-  typename Op::Scalar entering[At::kTokens];
-#pragma unroll
-  for (int i = 0; i < At::kTokens; ++i) {
-    const int t = in_scan_order<Op::kReverse, At::kTokens>(i);
-    entering[t] = x;
-    x = op.map(tokens[t])(x);
-  }
-  op.emit(at, tokens, entering);
-  return x;
 }
 
 // The lanes of a warp as groups of `width` neighbours (a power of two), each with a scan of its own.
@@ -469,9 +445,29 @@ __device__ __forceinline__ double from_below(double v, double none, LaneGroup g)
   return g.lane == 0 ? none : below;
 }
 
-template <typename T>
-__device__ __forceinline__ T from_last(T v, LaneGroup g) {
-  return __shfl_sync(kFullWarp, v, g.width - 1, g.width);
+// The value of the group's last lane.
+__device__ __forceinline__ float from_last(float v, LaneGroup g) {
+  float out;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, %3, 0xffffffff;" : "=f"(out) : "f"(v), "r"(g.width - 1), "r"(g.up_clamp() | (kWarpSize - 1)));
+  return out;
+}
+
+__device__ __forceinline__ double from_last(double v, LaneGroup g) { return __shfl_sync(kFullWarp, v, g.width - 1, g.width); }
+
+// x *= factor where `bits` holds any of kMask. By PTX for float: a product and a select would be two instructions.
+template <int kMask>
+__device__ __forceinline__ void multiply_if(float& x, float factor, int bits) {
+  asm("{\n\t.reg .pred p;\n\t.reg .b32 t;\n\t"
+      "and.b32 t, %2, %3;\n\t"
+      "setp.ne.b32 p, t, 0;\n\t"
+      "@p mul.rn.f32 %0, %0, %1;\n\t}"
+      : "+f"(x)
+      : "f"(factor), "r"(bits), "n"(kMask));
+}
+
+template <int kMask>
+__device__ __forceinline__ void multiply_if(double& x, double factor, int bits) {
+  if (bits & kMask) x *= factor;
 }
 
 // How maps combine over the lanes of a group: with their products ...
@@ -490,12 +486,9 @@ struct AffineScan {
     }
   }
   __device__ __forceinline__ T factor(const Affine<T>& m) const { return m.a; }  // of one lane's map
-  // Of an inclusive scan: the maps before this lane; the map of all lanes, in the last lane; and in every lane.
-  __device__ __forceinline__ Affine<T> before(const Affine<T>& m) const {
-    return {from_below(m.a, T(1), group), from_below(m.b, T(0), group)};
-  }
+  // Of an inclusive scan: the maps up to this lane; the map of all lanes, in the last lane.
+  __device__ __forceinline__ Affine<T> through(const Affine<T>& m) const { return m; }
   __device__ __forceinline__ Affine<T> whole(const Affine<T>& m) const { return m; }
-  __device__ __forceinline__ Affine<T> total(const Affine<T>& m) const { return {from_last(m.a, group), from_last(m.b, group)}; }
 };
 
 // ... or, where every token has the same factor, with that factor's powers: no products travel through the shuffles, and the a of the
@@ -505,17 +498,19 @@ struct PowerScan {
   static constexpr int kLevels = 5;  // log2(kWarpSize)
   LaneGroup group;
   T level[kLevels + 1];              // level[d]: factor^tokens of 2^d packs; the last: of a sub-tile
-  T lanes_before;                    // of the packs of the lanes before this one
+  T lanes;                           // of the packs of the lanes up to this one
 
   __device__ __forceinline__ PowerScan(T factor, LaneGroup g) : group(g) {
     const T squared = factor * factor;
     level[0] = squared * squared;
-    lanes_before = (g.lane & 1) ? level[0] : T(1);
 #pragma unroll
-    for (int d = 1; d <= kLevels; ++d) {
-      level[d] = level[d - 1] * level[d - 1];
-      if (d < kLevels && (g.lane >> d & 1)) lanes_before *= level[d];
-    }
+    for (int d = 1; d <= kLevels; ++d) level[d] = level[d - 1] * level[d - 1];
+    lanes = level[0];
+    multiply_if<1>(lanes, level[0], g.lane);
+    multiply_if<2>(lanes, level[1], g.lane);
+    multiply_if<4>(lanes, level[2], g.lane);
+    multiply_if<8>(lanes, level[3], g.lane);
+    multiply_if<16>(lanes, level[4], g.lane);
   }
 
   template <int K, int kLevel = 0>
@@ -527,15 +522,35 @@ struct PowerScan {
     }
   }
   __device__ __forceinline__ T factor(const Affine<T>&) const { return level[0]; }
-  __device__ __forceinline__ Affine<T> before(const Affine<T>& m) const { return {lanes_before, from_below(m.b, T(0), group)}; }
+  __device__ __forceinline__ Affine<T> through(const Affine<T>& m) const { return {lanes, m.b}; }
   __device__ __forceinline__ Affine<T> whole(const Affine<T>& m) const { return {level[kLevels], m.b}; }
-  __device__ __forceinline__ Affine<T> total(const Affine<T>& m) const { return {level[kLevels], from_last(m.b, group)}; }
 };
 
-// Double-buffered, so that one barrier a tile is enough: nobody is two tiles ahead.
+// Hands one map per warp to every thread of the block. Ordered by the one barrier in exchange(): a warp reads the maps that were stored
+// before it. Two buffers take turns, so none is needed against the next exchange: who overwrites a buffer is two exchanges on, hence past
+// the barrier of the one between, which every reader of that buffer reaches only after its reads.
 template <typename T, int kWarps>
 struct RowShared {
   alignas(16) T a[2][kWarps], b[2][kWarps];
+};
+
+template <typename T, int kWarps>
+struct WarpMaps {
+  RowShared<T, kWarps>& shared;
+  int buffer = 1;
+
+  // `mine`: the warp's map, in its last lane. kFactors: the a are exchanged too.
+  template <bool kFactors>
+  __device__ __forceinline__ void exchange(const Affine<T>& mine) {
+    buffer ^= 1;
+    if (threadIdx.x % kWarpSize == kWarpSize - 1) {
+      const int rank = threadIdx.x / kWarpSize;
+      if constexpr (kFactors) shared.a[buffer][rank] = mine.a;
+      shared.b[buffer][rank] = mine.b;
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ Affine<T> map(int rank) const { return {shared.a[buffer][rank], shared.b[buffer][rank]}; }
 };
 
 // One warp's share of a tile: K sub-tiles of its row from pack `first` on.
@@ -545,9 +560,9 @@ struct WarpTile {
   using At = RowTokens<T, kAccess>;
   At at[K];
   typename Op::Token tokens[K][kVec];
-  Affine<T> scanned[K];
+  Affine<T> maps[K];
 
-  // Tokens, and the map of each lane's in `scanned`.
+  // Tokens, and the map of each lane's in `maps`.
   __device__ __forceinline__ void load(const Op& op, const Row& row, int64_t first, int64_t end, int lane) {
     typename Op::template Raw<At> raw[K];
     const int64_t pack = first + lane;
@@ -561,18 +576,15 @@ struct WarpTile {
       raw[k] = op.fetch(at[k]);
     }
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      op.decode(at[k], raw[k], tokens[k]);
-      scanned[k] = compose_tokens(op, tokens[k]);
-    }
+    for (int k = 0; k < K; ++k) maps[k] = op.compose(at[k], raw[k], tokens[k]);
   }
 
-  // The map of all K sub-tiles, in the last lane.
+  // After the scan: the map of all K sub-tiles, in the last lane.
   template <typename Scan>
   __device__ __forceinline__ Affine<T> whole(const Scan& scan) const {
-    Affine<T> m = scan.whole(scanned[0]);
+    Affine<T> m = scan.whole(maps[0]);
 #pragma unroll
-    for (int k = 1; k < K; ++k) m = compose(scan.whole(scanned[k]), m);
+    for (int k = 1; k < K; ++k) m = compose(scan.whole(maps[k]), m);
     return m;
   }
 };
@@ -592,56 +604,55 @@ __device__ __forceinline__ ScanOf<Op> scan_of(const Op& op, LaneGroup group) {
 // Scans the packs [begin, end) of a row by kWarps warps, entered by x. At least one tile is walked, so an empty sequence is finished too.
 template <typename Op, Access kAccess, int kWarps, int K>
 __device__ __forceinline__ void scan_row(const Op& op, const ScanOf<Op>& scan, const Row& row, int64_t begin, int64_t end,
-                                         typename Op::Scalar x, RowShared<typename Op::Scalar, kWarps>* shared) {
+                                         typename Op::Scalar x, WarpMaps<typename Op::Scalar, kWarps>& warps) {
   using T = typename Op::Scalar;
   // A warp alone with one sub-tile knows x before it scans: the first lane's map takes it in, and the scan gives values instead of maps.
   constexpr bool kEarly = kWarps == 1 && K == 1;
   // Plain rows come here with one sub-tile only where it holds the whole row.
   constexpr bool kOneTile = kEarly && kAccess == Access::kPlain;
+  const LaneGroup group = scan.group;
   const int rank = kWarps == 1 ? 0 : threadIdx.x / kWarpSize;
-  int buffer = 0;
   int64_t tile = begin;
   do {
     const int64_t first = tile + rank * K * kWarpSize;
     WarpTile<Op, kAccess, K> w;
-    w.load(op, row, first, end, scan.group.lane);
+    w.load(op, row, first, end, group.lane);
     tile += kWarps * K * kWarpSize;
 
-    T enter[K];  // of each sub-tile's first lane, then of this lane
-    enter[0] = x;
     if constexpr (kEarly) {
-      const T leaving = scan.factor(w.scanned[0]) * x + w.scanned[0].b;
-      if (scan.group.lane == 0) w.scanned[0].b = leaving;
+      const T leaving = scan.factor(w.maps[0]) * x + w.maps[0].b;
+      if (group.lane == 0) w.maps[0].b = leaving;
     }
-    scan.scan(w.scanned);
+    scan.scan(w.maps);
+    T enter = x;  // of the warp's share
     if constexpr (kWarps > 1) {
       const Affine<T> mine = w.whole(scan);
-      if (scan.group.lane == kWarpSize - 1) {
-        if constexpr (!Op::kConstantFactor) shared->a[buffer][rank] = mine.a;
-        shared->b[buffer][rank] = mine.b;
+      warps.template exchange<!Op::kConstantFactor>(mine);
+      const auto map_of = [&](int i) {
+        Affine<T> m = warps.map(i);
+        if (Op::kConstantFactor) m.a = mine.a;
+        return m;
+      };
+#pragma unroll
+      for (int i = 0; i < kWarps - 1; ++i)
+        if (i < rank) enter = map_of(i)(enter);
+      if (tile < end) {
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) x = map_of(i)(x);
       }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        x = Affine<T>{Op::kConstantFactor ? mine.a : shared->a[buffer][i], shared->b[buffer][i]}(x);
-        if (i < rank) enter[0] = x;
-      }
-      buffer ^= 1;
     }
-    if constexpr (kEarly) {
-      enter[0] = from_below(w.scanned[0].b, x, scan.group);
-      if (!kOneTile && tile < end) x = from_last(w.scanned[0].b, scan.group);
-    } else {
-#pragma unroll
-      for (int k = 1; k < K; ++k) enter[k] = scan.total(w.scanned[k - 1])(enter[k - 1]);
-      if (kWarps == 1 && tile < end) x = scan.total(w.scanned[K - 1])(enter[K - 1]);
-#pragma unroll
-      for (int k = 0; k < K; ++k) enter[k] = scan.before(w.scanned[k])(enter[k]);
-    }
+    T entering[K], leaving[K];  // of this lane
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (w.at[k].live != 0) enter[k] = walk(op, w.at[k], w.tokens[k], enter[k]);
-      if (first + k * kWarpSize + scan.group.lane == row.last) op.finish(row.seq, enter[k]);
+      leaving[k] = kEarly ? w.maps[k].b : scan.through(w.maps[k])(enter);
+      entering[k] = from_below(leaving[k], enter, group);
+      if (k < K - 1) enter = from_last(leaving[k], group);
+    }
+    if (kWarps == 1 && !kOneTile && tile < end) x = from_last(leaving[K - 1], group);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (w.at[k].live != 0) op.emit(w.at[k], w.tokens[k], entering[k]);
+      if (first + k * kWarpSize + group.lane == row.last) op.finish(row.seq, leaving[k]);
     }
   } while (!kOneTile && tile < end);
 }
@@ -662,7 +673,8 @@ scan_rows_kernel(const typename Op::Params params, const RowLayout rows) {
   const bool exists = kWarps > 1 || seq < num_rows;
   Row row = row_at<kAccess>(rows, exists ? seq : num_rows - 1);
   if (!exists) row.last = -1;
-  scan_row<Op, kAccess, kWarps, K>(op, scan, row, 0, exists ? row.packs : 0, op.initial(row.seq), &shared);
+  WarpMaps<T, kWarps> warps{shared};
+  scan_row<Op, kAccess, kWarps, K>(op, scan, row, 0, exists ? row.packs : 0, op.initial(row.seq), warps);
 }
 
 // --- few long rows: chunks over blocks ---------------------------------------------------------------------------------------
@@ -673,7 +685,6 @@ __global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_m
 reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows,
                      Affine<typename Op::Scalar>* __restrict__ maps) {
   using T = typename Op::Scalar;
-  static_assert(!Op::kConstantFactor, "chunk maps carry their products");
   constexpr int kWarps = ScanGeometry::kRowWarps;
   __shared__ RowShared<T, kWarps> shared;
   const int chunks = static_cast<int>(rows.chunks), chunk = blockIdx.x % chunks;
@@ -684,26 +695,21 @@ reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows,
   const Op op(params);
   const int rank = threadIdx.x / kWarpSize;
   const auto scan = scan_of(op, LaneGroup{static_cast<int>(threadIdx.x % kWarpSize), kWarpSize});
-  int buffer = 0;
+  WarpMaps<T, kWarps> warps{shared};
   Affine<T> acc;
   for (int64_t tile = begin; tile < end; tile += kWarps * K * kWarpSize) {
     WarpTile<Op, kAccess, K> w;
     w.load(op, row, tile + rank * K * kWarpSize, end, scan.group.lane);
-    scan.scan(w.scanned);
-    const Affine<T> mine = w.whole(scan);
-    if (scan.group.lane == kWarpSize - 1) {
-      shared.a[buffer][rank] = mine.a;
-      shared.b[buffer][rank] = mine.b;
-    }
-    __syncthreads();
+    scan.scan(w.maps);
+    warps.template exchange<true>(w.whole(scan));
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) acc = compose(Affine<T>{shared.a[buffer][i], shared.b[buffer][i]}, acc);
-    buffer ^= 1;
+    for (int i = 0; i < kWarps; ++i) acc = compose(warps.map(i), acc);
   }
   if (threadIdx.x == 0) maps[blockIdx.x] = acc;
 }
 
-// Second launch: every block composes the maps before its chunk, in order, and scans the chunk.
+// Second launch: every block composes the maps before its chunk, in order, and scans the chunk. What it reads of `maps` is complete: the
+// first launch precedes this one on the same stream.
 template <typename Op, Access kAccess, int K>
 __global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_min_blocks(sizeof(typename Op::Scalar), kAccess))
 scan_chunks_kernel(const typename Op::Params params, const RowLayout rows,
@@ -717,31 +723,23 @@ scan_chunks_kernel(const typename Op::Params params, const RowLayout rows,
   if (chunk > 0 && begin >= row.packs) return;
 
   const Op op(params);
-  const int lane = threadIdx.x % kWarpSize, run = (chunk + kWarpSize - 1) / kWarpSize;
-  const auto scan = scan_of(op, LaneGroup{lane, kWarpSize});
-  // Every lane composes a run of neighbouring maps, then the lanes are scanned.
+  const LaneGroup group{static_cast<int>(threadIdx.x % kWarpSize), kWarpSize};
+  WarpMaps<T, kWarps> warps{shared};
+  T x = op.initial(row.seq);
   const Affine<T>* maps_before = maps + (blockIdx.x - chunk);
-  Affine<T> before[1];
-  for (int i = lane * run; i < min(chunk, (lane + 1) * run); ++i) before[0] = compose(maps_before[i], before[0]);
-  scan.scan(before);
-  const T x = scan.total(before[0])(op.initial(row.seq));
-
-  scan_row<Op, kAccess, kWarps, K>(op, scan, row, begin, min(begin + rows.chunk_packs, row.packs), x, &shared);
+  for (int first = 0; first < chunk; first += ScanGeometry::kRowThreads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    Affine<T> m[1];
+    if (i < chunk) m[0] = maps_before[i];
+    AffineScan<T>(T(1), group).scan(m);
+    warps.template exchange<true>(m[0]);
+#pragma unroll
+    for (int rank = 0; rank < kWarps; ++rank) x = warps.map(rank)(x);
+  }
+  scan_row<Op, kAccess, kWarps, K>(op, scan_of(op, group), row, begin, min(begin + rows.chunk_packs, row.packs), x, warps);
 }
 
 // --- columns -------------------------------------------------------------------------------------------------------------------
-
-// The x that leaves the last live token.
-template <typename Op, typename At>
-__device__ __forceinline__ typename Op::Scalar leaving(const Op& op, const At& at, const typename Op::Token (&tokens)[At::kTokens],
-                                                       typename Op::Scalar x) {
-#pragma unroll
-  for (int i = 0; i < At::kTokens; ++i) {
-    const int t = in_scan_order<Op::kReverse, At::kTokens>(i);
-    if (at.live(t)) x = op.map(tokens[t])(x);
-  }
-  return x;
-}
 
 // A thread holds N steps of one sequence; the warps of a block take neighbouring chunks of time of the same 32 sequences.
 template <typename Op, Access kAccess, int N>
@@ -753,24 +751,25 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
   __shared__ struct {
     T a[ScanGeometry::kColumnWarps][kWarpSize], b[ScanGeometry::kColumnWarps][kWarpSize];
   } shared[2];
+  static_assert((N & (N - 1)) == 0, "powers by repeated squaring, remainders by masks");
   T chunk_factor = T(1);
   if constexpr (Op::kConstantFactor) {
-    static_assert((N & (N - 1)) == 0, "by repeated squaring");
     chunk_factor = op.factor();
 #pragma unroll
     for (int n = 1; n < N; n *= 2) chunk_factor *= chunk_factor;
   }
   const int lane = threadIdx.x, rank = threadIdx.y, warps = blockDim.y;
+  // Steps that do not exist come where they change nothing: after the last of a reversed scan, before the first of another, while x is 0.
+  const int64_t lead = Op::kReverse ? 0 : -layout.seq_len & (N - 1);
   int buffer = 0;
   const int64_t seq = int64_t{blockIdx.x} * kWarpSize + lane;
   const bool exists = seq < layout.num_seqs;
   T x = exists ? op.initial(seq) : T(0);
   for (int64_t tile = 0; tile < layout.seq_len; tile += warps * N) {
     const int64_t step = tile + rank * N;
-    const At at{seq, Op::kReverse ? layout.seq_len - N - step : step, exists ? layout.seq_len : 0};
+    const At at{seq, Op::kReverse ? layout.seq_len - N - step : step - lead, exists ? layout.seq_len : 0};
     typename Op::Token tokens[N];
-    op.decode(at, op.fetch(at), tokens);
-    const Affine<T> mine = compose_tokens(op, tokens);
+    const Affine<T> mine = op.compose(at, op.fetch(at), tokens);
     shared[buffer].b[rank][lane] = mine.b;
     if constexpr (!Op::kConstantFactor) shared[buffer].a[rank][lane] = mine.a;
     __syncthreads();
@@ -783,8 +782,8 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
       for (int i = rank; i < warps; ++i) x = map_of(i)(x);
     }
     buffer ^= 1;
-    walk(op, at, tokens, enter);
-    if (exists && step < layout.seq_len && step + N >= layout.seq_len) op.finish(seq, leaving(op, at, tokens, enter));
+    op.emit(at, tokens, enter);
+    if (exists && step < layout.seq_len && step + N >= layout.seq_len) op.finish(seq, (Op::kConstantFactor ? Affine<T>{chunk_factor, mine.b} : mine)(enter));
   }
 }
 
@@ -807,9 +806,12 @@ class ScanTensors {
       : layout_(layout), accumulation_(accumulation), columns_(layout.cu_seqlens == nullptr && time_stride != 1 && seq_stride == 1),
         phase_(pack_phase(data, dtype, layout.cu_seqlens != nullptr ? time_stride : seq_stride)) {}
 
-  ScanInput number(const Operand& x) { return add<ScanInput>(x, accumulation_); }
-  ScanInput flag(const Operand& x) { return add<ScanInput>(x, DType::kInt8); }
-  ScanOutput output(const Output& x) { return add<ScanOutput>(x, accumulation_); }
+  ScanInput number(const Operand& x) { return input(x, accumulation_); }
+  ScanInput flag(const Operand& x) { return input(x, DType::kInt8); }
+  ScanOutput output(const Output& x) {
+    const ScanInput in = input(Operand{x.data, x.dtype, x.seq_stride, x.time_stride}, accumulation_);
+    return {x.data, in.row_bytes, in.time_bytes, in.vec};
+  }
 
   ScanPlan plan() const {
     using G = ScanGeometry;
@@ -847,15 +849,14 @@ class ScanTensors {
   }
 
  private:
-  template <typename In, typename X>
-  In add(X x, DType plain_type) {
-    if (layout_.cu_seqlens != nullptr) x.seq_stride = x.time_stride;
-    const bool vec = pack_aligned(x.data, x.dtype, x.time_stride, x.seq_stride, phase_);
+  ScanInput input(const Operand& x, DType plain_type) {
+    const int64_t size = dtype_size(x.dtype), row_stride = layout_.cu_seqlens != nullptr ? x.time_stride : x.seq_stride;
+    const bool vec = pack_aligned(x.data, x.dtype, x.time_stride, row_stride, phase_);
     if (x.data != nullptr) {
       plain_types_ = plain_types_ && x.dtype == plain_type;
       all_vec_ = all_vec_ && vec;
     }
-    return {x, vec};
+    return {x.data, row_stride * size, x.time_stride * size, x.dtype, vec};
   }
 
   Layout layout_;
@@ -897,7 +898,7 @@ void launch_scan(const typename Op::Params& params, const ScanPlan& plan, void* 
       scan_rows_kernel<Op, kAccess, G::kRowWarps, K><<<scan_grid(seqs), G::kRowThreads, 0, stream>>>(params, rows);
       break;
     case ScanShape::kChunkedRows:
-      if constexpr (!Op::kConstantFactor) {
+      {
         Affine<T>* maps = static_cast<Affine<T>*>(workspace);
         const unsigned grid = static_cast<unsigned>(seqs * rows.chunks);
         reduce_chunks_kernel<Op, kAccess, K><<<grid, G::kRowThreads, 0, stream>>>(params, rows, maps);

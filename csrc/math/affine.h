@@ -6,7 +6,7 @@
 namespace fused_critic {
 
 template <typename T>
-struct Affine {
+struct alignas(2 * sizeof(T)) Affine {
   T a = T(1), b = T(0);  // the identity
   FUSED_CRITIC_HD T operator()(T x) const { return a * x + b; }
 };
