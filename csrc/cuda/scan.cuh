@@ -82,23 +82,30 @@ static_assert(ScanGeometry::kRowThreads * ScanGeometry::row_min_blocks(sizeof(fl
 
 // --- operands ------------------------------------------------------------------------------------------------------------------
 
+// The same number, but no expression to the compiler, which would else spread sums of addresses out again and repeat them for every access.
+template <typename P>
+__device__ __forceinline__ P opaque(P x) {
+  asm("" : "+l"(x));
+  return x;
+}
+
 // An operand or output as the kernels see it: token t of row r lies row_bytes * r + time_bytes * t after data. vec: pack_aligned() to the
 // reference phase of the launch. Packed sequences: a segment's first token takes the place of the row's index.
-struct ScanInput {
+struct alignas(16) ScanInput {
   const void* data = nullptr;
   int64_t row_bytes = 0, time_bytes = 0;
   DType dtype = DType::kFloat32;
   bool vec = false;
   __device__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ const char* row(int64_t r) const { return static_cast<const char*>(data) + r * row_bytes; }
+  __device__ __forceinline__ const char* row(int64_t r) const { return opaque(static_cast<const char*>(data) + r * row_bytes); }
 };
 
-struct ScanOutput {
+struct alignas(16) ScanOutput {
   void* data = nullptr;
   int64_t row_bytes = 0, time_bytes = 0;
   bool vec = false;
   __device__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ char* row(int64_t r) const { return static_cast<char*>(data) + r * row_bytes; }
+  __device__ __forceinline__ char* row(int64_t r) const { return opaque(static_cast<char*>(data) + r * row_bytes); }
 };
 
 template <bool kReverse, int N>
@@ -154,12 +161,20 @@ __device__ __forceinline__ RawPack<T> fetch_strided(const char* at, DType dtype,
   return raw;
 }
 
+// One sequence: `packs` packs from the virtual start -lead on; pack j in scan order is the j-th from the end where the scan is reversed.
+// `last`: the pack whose lane finishes the sequence (pack 0 of an empty one), -1 for none.
+struct Row {
+  int64_t seq, origin, length, packs, last;
+  int lead;
+};
+
 constexpr uint32_t kAllSet = 0x01010101u;  // as flag_bytes
 
 // The tokens of one lane in a row: kVec of them along time, from `first` on; bit i of `live`: token first + i belongs to the row.
 // Where packs are regular, lanes that are not live load the row's first pack instead of branching; what they hold is of no account, but
 // their flags are 0. At run time the usual types come first, the others by a switch.
-template <typename T, Access kAccess>
+// kFull: every lane of the tile is live and whole.
+template <typename T, Access kAccess, bool kFull>
 struct RowTokens {
   static constexpr bool kPlain = kAccess == Access::kPlain, kRegular = kAccess != Access::kGeneral;
   static_assert(!kPlain || sizeof(T) == sizeof(float), "plain rows hold floats");
@@ -167,15 +182,20 @@ struct RowTokens {
   using Numbers = RawPack<T>;
   using Flags = uint32_t;  // flag_bytes
   int64_t origin, first;
-  unsigned live;
+  unsigned alive;
 
-  __device__ __forceinline__ int64_t token() const { return !kRegular || live != 0 ? first : 0; }
-  __device__ __forceinline__ bool vectorised(bool vec) const { return kRegular || (vec && live == kAllLive); }
+  __device__ __forceinline__ RowTokens() {}
+  __device__ __forceinline__ RowTokens(const Row& row, int64_t first, bool inside)
+      : origin(row.origin), first(kRegular && !kFull ? opaque(inside ? first : 0) : first),
+        alive(!inside ? 0u : (kRegular ? kAllLive : live_elements(first, row.length))) {}
+  __device__ __forceinline__ unsigned live() const { return kFull ? kAllLive : alive; }
+
+  __device__ __forceinline__ bool vectorised(bool vec) const { return kRegular || (vec && live() == kAllLive); }
 
   // Row first, then token: the row's part is the same for every tile, the token's for every operand of a size.
   template <typename S>  // kVec elements
   __device__ __forceinline__ const S* aligned(const ScanInput& in) const {
-    return reinterpret_cast<const S*>(in.row(origin) + token() * int64_t{sizeof(S) / kVec});
+    return reinterpret_cast<const S*>(in.row(origin) + first * int64_t{sizeof(S) / kVec});
   }
 
   __device__ __forceinline__ Numbers fetch(const ScanInput& in) const {
@@ -190,8 +210,8 @@ struct RowTokens {
   }
 
   __device__ __forceinline__ Numbers fetch_other(const ScanInput& in) const {
-    if (vectorised(in.vec)) return fetch_vector<T>(Operand{in.row(origin), in.dtype}, token());
-    return fetch_strided<T>(in.row(origin) + first * in.time_bytes, in.dtype, in.time_bytes, live);
+    if (vectorised(in.vec)) return fetch_vector<T>(Operand{in.row(origin), in.dtype}, first);
+    return fetch_strided<T>(in.row(origin) + first * in.time_bytes, in.dtype, in.time_bytes, live());
   }
 
   __device__ __forceinline__ Flags fetch_present(const ScanInput& in) const {
@@ -207,9 +227,9 @@ struct RowTokens {
   __device__ __forceinline__ Flags fetch_valid(const ScanInput& mask) const {
     if constexpr (kRegular) {
       const Flags set = mask ? fetch_present(mask) : kAllSet;
-      return live != 0 ? set : 0u;
+      return live() != 0 ? set : 0u;
     } else {
-      return mask ? fetch_present(mask) : ones_mask<T>(live).word[0];
+      return mask ? fetch_present(mask) : ones_mask<T>(live()).word[0];
     }
   }
 
@@ -229,7 +249,7 @@ struct RowTokens {
   // Outputs of a scan are of type T.
   __device__ __forceinline__ void write(const ScanOutput& out, const T (&v)[kTokens]) const {
     if (vectorised(out.vec)) {
-      char* at = out.row(origin) + token() * int64_t{sizeof(T)};
+      char* at = out.row(origin) + first * int64_t{sizeof(T)};
       // The explicit store intrinsics keep the vector: a plain assignment has been seen to be split into scalar stores.
       if constexpr (sizeof(T) == sizeof(float)) {
         __stcg(reinterpret_cast<float4*>(at), make_float4(v[0], v[1], v[2], v[3]));
@@ -241,7 +261,7 @@ struct RowTokens {
       char* at = out.row(origin) + first * out.time_bytes;
 #pragma unroll
       for (int i = 0; i < kTokens; ++i, at += out.time_bytes)
-        if (live >> i & 1) *reinterpret_cast<T*>(at) = v[i];
+        if (live() >> i & 1) *reinterpret_cast<T*>(at) = v[i];
     }
   }
 };
@@ -352,13 +372,6 @@ struct RowLayout {
   int width_log2 = kWarpSizeLog2;  // warp kernels: lanes per row
   int64_t chunks = 1;              // chunk kernels: chunks per row,
   int64_t chunk_packs = 0;         // and packs per chunk
-};
-
-// One sequence: `packs` packs from the virtual start -lead on; pack j in scan order is the j-th from the end where the scan is reversed.
-// `last`: the pack whose lane finishes the sequence (pack 0 of an empty one), -1 for none.
-struct Row {
-  int64_t seq, origin, length, packs, last;
-  int lead;
 };
 
 template <Access kAccess>
@@ -553,26 +566,22 @@ struct WarpMaps {
   __device__ __forceinline__ Affine<T> map(int rank) const { return {shared.a[buffer][rank], shared.b[buffer][rank]}; }
 };
 
-// One warp's share of a tile: K sub-tiles of its row from pack `first` on.
-template <typename Op, Access kAccess, int K>
+// One warp's share of a tile: K sub-tiles of its row. For the lane's pack in the first of them: `first` is its first token, and `left` counts
+// the packs from there to the end of the row, in scan order (0 or less: outside of it).
+template <typename Op, Access kAccess, int K, bool kFull>
 struct WarpTile {
   using T = typename Op::Scalar;
-  using At = RowTokens<T, kAccess>;
+  using At = RowTokens<T, kAccess, kFull>;
   At at[K];
   typename Op::Token tokens[K][kVec];
   Affine<T> maps[K];
 
   // Tokens, and the map of each lane's in `maps`.
-  __device__ __forceinline__ void load(const Op& op, const Row& row, int64_t first, int64_t end, int lane) {
+  __device__ __forceinline__ void load(const Op& op, const Row& row, int64_t first, int64_t left) {
     typename Op::template Raw<At> raw[K];
-    const int64_t pack = first + lane;
-    const int64_t token = (Op::kReverse ? row.packs - 1 - pack : pack) * kVec - row.lead;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      at[k].origin = row.origin;
-      at[k].first = token + (Op::kReverse ? -k : k) * kWarpSize * kVec;
-      const bool inside = pack + k * kWarpSize < end;
-      at[k].live = !inside ? 0u : (At::kRegular ? kAllLive : live_elements(at[k].first, row.length));
+      at[k] = At(row, first + (Op::kReverse ? -k : k) * kWarpSize * kVec, kFull || left > k * kWarpSize);
       raw[k] = op.fetch(at[k]);
     }
 #pragma unroll
@@ -601,60 +610,92 @@ __device__ __forceinline__ ScanOf<Op> scan_of(const Op& op, LaneGroup group) {
   }
 }
 
+// A tile of a row: kWarps warps with K sub-tiles each.
+template <int kWarps, int K>
+constexpr int kTilePacks = kWarps * K * kWarpSize;
+
+// Where a lane is in a row: its pack of the first tile in scan order, see WarpTile.
+template <typename Op, int kWarps, int K>
+struct LanePosition {
+  int64_t first, left;
+  __device__ __forceinline__ LanePosition(const Row& row, int64_t begin, int64_t end, int lane) {
+    const int64_t pack = begin + (kWarps == 1 ? 0 : threadIdx.x / kWarpSize) * K * kWarpSize + lane;
+    first = (Op::kReverse ? row.packs - 1 - pack : pack) * kVec - row.lead;
+    left = end - pack;
+  }
+  __device__ __forceinline__ void advance() {
+    first += (Op::kReverse ? -1 : 1) * kTilePacks<kWarps, K> * kVec;
+    left -= kTilePacks<kWarps, K>;
+  }
+};
+
+// Scans one tile that x enters; returns the x that leaves it if there are `more`.
+template <typename Op, Access kAccess, int kWarps, int K, bool kFull>
+__device__ __forceinline__ typename Op::Scalar scan_tile(const Op& op, const ScanOf<Op>& scan, const Row& row, int64_t first, int64_t left,
+                                                         int64_t last, bool more, typename Op::Scalar x,
+                                                         WarpMaps<typename Op::Scalar, kWarps>& warps) {
+  using T = typename Op::Scalar;
+  // A warp alone with one sub-tile knows x before it scans: the first lane's map takes it in, and the scan gives values instead of maps.
+  constexpr bool kEarly = kWarps == 1 && K == 1;
+  const LaneGroup group = scan.group;
+  WarpTile<Op, kAccess, K, kFull> w;
+  w.load(op, row, first, left);
+  if constexpr (kEarly) {
+    const T leaving = scan.factor(w.maps[0]) * x + w.maps[0].b;
+    if (group.lane == 0) w.maps[0].b = leaving;
+  }
+  scan.scan(w.maps);
+  T enter = x;  // of the warp's share
+  if constexpr (kWarps > 1) {
+    const Affine<T> mine = w.whole(scan);
+    warps.template exchange<!Op::kConstantFactor>(mine);
+    Affine<T> maps[kWarps];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      maps[i] = warps.map(i);
+      if (Op::kConstantFactor) maps[i].a = mine.a;
+      x = maps[i](x);
+      enter = i < static_cast<int>(threadIdx.x / kWarpSize) ? x : enter;
+    }
+  }
+  T entering[K], leaving[K];  // of this lane
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    leaving[k] = kEarly ? w.maps[k].b : scan.through(w.maps[k])(enter);
+    entering[k] = from_below(leaving[k], enter, group);
+    if (k < K - 1) enter = from_last(leaving[k], group);
+  }
+  if (kWarps == 1 && more) x = from_last(leaving[K - 1], group);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (w.at[k].live() != 0) op.emit(w.at[k], w.tokens[k], entering[k]);
+    if (last == k * kWarpSize) op.finish(row.seq, leaving[k]);
+  }
+  return x;
+}
+
 // Scans the packs [begin, end) of a row by kWarps warps, entered by x. At least one tile is walked, so an empty sequence is finished too.
 template <typename Op, Access kAccess, int kWarps, int K>
 __device__ __forceinline__ void scan_row(const Op& op, const ScanOf<Op>& scan, const Row& row, int64_t begin, int64_t end,
                                          typename Op::Scalar x, WarpMaps<typename Op::Scalar, kWarps>& warps) {
-  using T = typename Op::Scalar;
-  // A warp alone with one sub-tile knows x before it scans: the first lane's map takes it in, and the scan gives values instead of maps.
-  constexpr bool kEarly = kWarps == 1 && K == 1;
-  // Plain rows come here with one sub-tile only where it holds the whole row.
-  constexpr bool kOneTile = kEarly && kAccess == Access::kPlain;
-  const LaneGroup group = scan.group;
-  const int rank = kWarps == 1 ? 0 : threadIdx.x / kWarpSize;
-  int64_t tile = begin;
+  constexpr int kPacks = kTilePacks<kWarps, K>;
+  // Plain rows come here with a warp and one sub-tile only where it holds the whole row.
+  constexpr bool kOneTile = kWarps == 1 && K == 1 && kAccess == Access::kPlain;
+  LanePosition<Op, kWarps, K> at(row, begin, end, scan.group.lane);
+  int64_t left = end - begin, last = at.left - (end - row.last);
+  bool more;
   do {
-    const int64_t first = tile + rank * K * kWarpSize;
-    WarpTile<Op, kAccess, K> w;
-    w.load(op, row, first, end, group.lane);
-    tile += kWarps * K * kWarpSize;
-
-    if constexpr (kEarly) {
-      const T leaving = scan.factor(w.maps[0]) * x + w.maps[0].b;
-      if (group.lane == 0) w.maps[0].b = leaving;
+    more = !kOneTile && left > kPacks;
+    // The condition is the same for all warps that meet at a barrier, and for all lanes of a warp: a row that shares its warp is shorter.
+    if (kAccess != Access::kGeneral && left >= kPacks) {
+      x = scan_tile<Op, kAccess, kWarps, K, true>(op, scan, row, at.first, at.left, last, more, x, warps);
+    } else {
+      x = scan_tile<Op, kAccess, kWarps, K, false>(op, scan, row, at.first, at.left, last, more, x, warps);
     }
-    scan.scan(w.maps);
-    T enter = x;  // of the warp's share
-    if constexpr (kWarps > 1) {
-      const Affine<T> mine = w.whole(scan);
-      warps.template exchange<!Op::kConstantFactor>(mine);
-      const auto map_of = [&](int i) {
-        Affine<T> m = warps.map(i);
-        if (Op::kConstantFactor) m.a = mine.a;
-        return m;
-      };
-#pragma unroll
-      for (int i = 0; i < kWarps - 1; ++i)
-        if (i < rank) enter = map_of(i)(enter);
-      if (tile < end) {
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) x = map_of(i)(x);
-      }
-    }
-    T entering[K], leaving[K];  // of this lane
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      leaving[k] = kEarly ? w.maps[k].b : scan.through(w.maps[k])(enter);
-      entering[k] = from_below(leaving[k], enter, group);
-      if (k < K - 1) enter = from_last(leaving[k], group);
-    }
-    if (kWarps == 1 && !kOneTile && tile < end) x = from_last(leaving[K - 1], group);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (w.at[k].live != 0) op.emit(w.at[k], w.tokens[k], entering[k]);
-      if (first + k * kWarpSize + group.lane == row.last) op.finish(row.seq, leaving[k]);
-    }
-  } while (!kOneTile && tile < end);
+    at.advance();
+    left -= kPacks;
+    last -= kPacks;
+  } while (more);
 }
 
 // kWarps 1: a warp walks a row, or several rows of up to 2^width_log2 packs share it; kRowWarps: a block walks a row.
@@ -693,17 +734,20 @@ reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows,
   if (end >= row.packs) return;  // the last chunk has no successor
 
   const Op op(params);
-  const int rank = threadIdx.x / kWarpSize;
-  const auto scan = scan_of(op, LaneGroup{static_cast<int>(threadIdx.x % kWarpSize), kWarpSize});
+  const LaneGroup group{static_cast<int>(threadIdx.x % kWarpSize), kWarpSize};
+  const auto scan = scan_of(op, group);
   WarpMaps<T, kWarps> warps{shared};
+  LanePosition<Op, kWarps, K> at(row, begin, end, group.lane);
   Affine<T> acc;
-  for (int64_t tile = begin; tile < end; tile += kWarps * K * kWarpSize) {
-    WarpTile<Op, kAccess, K> w;
-    w.load(op, row, tile + rank * K * kWarpSize, end, scan.group.lane);
+  for (int64_t tile = begin; tile < end; tile += kTilePacks<kWarps, K>) {
+    // A chunk that another follows consists of whole tiles.
+    WarpTile<Op, kAccess, K, kAccess != Access::kGeneral> w;
+    w.load(op, row, at.first, at.left);
     scan.scan(w.maps);
     warps.template exchange<true>(w.whole(scan));
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) acc = compose(warps.map(i), acc);
+    at.advance();
   }
   if (threadIdx.x == 0) maps[blockIdx.x] = acc;
 }

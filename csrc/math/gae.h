@@ -1,6 +1,8 @@
 // GAE and its adjoint as recurrences of one carried scalar. CUDA kernels call it; the CPU's lanes (cpu/gae_kernel.h) are the same in vectors.
 #pragma once
 
+#include <cmath>
+
 #include "affine.h"
 #include "platform.h"
 
@@ -27,7 +29,7 @@ FUSED_CRITIC_HD GaeFactors<T> gae_factors(double gamma, double lam, bool has_nex
 // A masked position is the identity map and emits 0.
 template <typename T>
 FUSED_CRITIC_HD T gae_leaving(T ret, T value, T gamma_lam, T value_factor) {
-  return value_factor * value + gamma_lam * ret;
+  return std::fma(gamma_lam, ret, value_factor * value);  // so that the product of V does not wait for the return
 }
 
 // --- adjoint: scanned from the first position to the last --------------------------------------------------------------------
