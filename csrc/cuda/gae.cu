@@ -28,6 +28,17 @@ struct Discount {
   }
 };
 
+// 1, a, a^2, ... as far as a pack reaches.
+template <typename T>
+class Powers {
+ public:
+  __device__ __forceinline__ explicit Powers(T a) : square_(a * a), cube_(square_ * a), fourth_(square_ * square_), a_(a) {}
+  __device__ __forceinline__ T operator[](int n) const { return n == 0 ? T(1) : n == 1 ? a_ : n == 2 ? square_ : n == 3 ? cube_ : fourth_; }
+
+ private:
+  T square_, cube_, fourth_, a_;
+};
+
 // The flags that change a step. kAll: any of terminated, truncated and next_values.
 enum class Ends { kNone, kTerminated, kAll };
 
@@ -66,7 +77,7 @@ class GaeScan {
     bool valid;
   };
 
-  __device__ __forceinline__ explicit GaeScan(const Params& p) : p_(p), f_(p.discount.load()) {}
+  __device__ __forceinline__ explicit GaeScan(const Params& p) : p_(p), f_(p.discount.load()), powers_(f_.gamma_lam) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -95,15 +106,14 @@ class GaeScan {
   __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], T x) const {
     constexpr int N = At::kTokens;
     T advantage[N], ret[N];
-    T power = T(1);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       const Token& t = tokens[i];
-      const T r = t.ret + (kConstant ? power : t.power) * x;
+      if (kConstant && j > 0 && j % kVec == 0) x *= powers_[kVec];
+      const T r = t.ret + (kConstant ? powers_[j % kVec] : t.power) * x;
       ret[i] = t.valid ? r : T(0);
       advantage[i] = ret[i] - t.value;
-      power *= f_.gamma_lam;
     }
     at.write(p_.advantages, advantage);
     at.write(p_.returns, ret);
@@ -160,6 +170,7 @@ class GaeScan {
 
   const Params p_;
   const GaeFactors<T> f_;
+  const Powers<T> powers_;  // of gamma lam, used if kConstant
 };
 
 template <typename T>
@@ -195,7 +206,7 @@ class GaeAdjointScan {
     bool valid, terminated, done;
   };
 
-  __device__ __forceinline__ explicit GaeAdjointScan(const Params& p) : p_(p), f_(p.discount.load()) {}
+  __device__ __forceinline__ explicit GaeAdjointScan(const Params& p) : p_(p), f_(p.discount.load()), powers_(f_.gamma_lam) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -222,18 +233,17 @@ class GaeAdjointScan {
     constexpr int N = At::kTokens;
     T reward[N], value[N], next_value[N];
     const T gamma_carried = p_.discount.has_next_values ? T(0) : f_.gamma;
-    const T first = q;
-    T power = f_.gamma_lam;
+    T entered = kConstant ? f_.gamma_lam * q : q;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Token& t = tokens[i];
-      const T p = t.p + (kConstant ? power : t.power) * first;
+      if (kConstant && i > 0 && i % kVec == 0) entered *= powers_[kVec];
+      const T p = t.p + (kConstant ? powers_[i % kVec] : t.power) * entered;
       const T v = (t.grad_return - p) + gamma_carried * q;
       reward[i] = t.valid ? p : T(0);
       value[i] = t.valid ? v : T(0);
       next_value[i] = t.valid && !t.terminated ? f_.gamma * p : T(0);
       q = t.done ? T(0) : p;
-      power *= f_.gamma_lam;
     }
     if (p_.grad_rewards) at.write(p_.grad_rewards, reward);
     if (p_.grad_values) at.write(p_.grad_values, value);
@@ -282,6 +292,7 @@ class GaeAdjointScan {
 
   const Params p_;
   const GaeFactors<T> f_;
+  const Powers<T> powers_;  // of gamma lam, used if kConstant
 };
 
 template <typename T>

@@ -82,11 +82,20 @@ static_assert(ScanGeometry::kRowThreads * ScanGeometry::row_min_blocks(sizeof(fl
 
 // --- operands ------------------------------------------------------------------------------------------------------------------
 
-// The same number, but no expression to the compiler, which would else spread sums of addresses out again and repeat them for every access.
+// data + i * step in one instruction, and no expression to the compiler, which would else spread the sum out and repeat it for every access.
 template <typename P>
-__device__ __forceinline__ P opaque(P x) {
-  asm("" : "+l"(x));
-  return x;
+__device__ __forceinline__ P* advance(P* data, int64_t i, int64_t step) {
+  P* at;
+  asm("mad.lo.s64 %0, %1, %2, %3;" : "=l"(at) : "l"(i), "l"(step), "l"(data));
+  return at;
+}
+
+// The same with i = 1.
+template <typename P>
+__device__ __forceinline__ P* advance(P* data, int64_t step) {
+  P* at;
+  asm("add.s64 %0, %1, %2;" : "=l"(at) : "l"(data), "l"(step));
+  return at;
 }
 
 // An operand or output as the kernels see it: token t of row r lies row_bytes * r + time_bytes * t after data. vec: pack_aligned() to the
@@ -97,7 +106,7 @@ struct alignas(16) ScanInput {
   DType dtype = DType::kFloat32;
   bool vec = false;
   __device__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ const char* row(int64_t r) const { return opaque(static_cast<const char*>(data) + r * row_bytes); }
+  __device__ __forceinline__ const char* row(int64_t r) const { return advance(static_cast<const char*>(data), r, row_bytes); }
 };
 
 struct alignas(16) ScanOutput {
@@ -105,7 +114,7 @@ struct alignas(16) ScanOutput {
   int64_t row_bytes = 0, time_bytes = 0;
   bool vec = false;
   __device__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ char* row(int64_t r) const { return opaque(static_cast<char*>(data) + r * row_bytes); }
+  __device__ __forceinline__ char* row(int64_t r) const { return advance(static_cast<char*>(data), r, row_bytes); }
 };
 
 template <bool kReverse, int N>
@@ -132,22 +141,22 @@ __device__ __forceinline__ RawPack<T> fetch_strided(const char* at, DType dtype,
   switch (dtype_size(dtype)) {
     case 4:
 #pragma unroll
-      for (int i = 0; i < kVec; ++i, at += step)
+      for (int i = 0; i < kVec; ++i, at = advance(at, step))
         if (live >> i & 1) raw.word[i] = __ldg(reinterpret_cast<const uint32_t*>(at));
       break;
     case 2:
 #pragma unroll
-      for (int i = 0; i < kVec; ++i, at += step)
+      for (int i = 0; i < kVec; ++i, at = advance(at, step))
         if (live >> i & 1) raw.word[i / 2] |= uint32_t{__ldg(reinterpret_cast<const uint16_t*>(at))} << (i % 2 * 16);
       break;
     case 1:
 #pragma unroll
-      for (int i = 0; i < kVec; ++i, at += step)
+      for (int i = 0; i < kVec; ++i, at = advance(at, step))
         if (live >> i & 1) raw.word[0] |= uint32_t{__ldg(reinterpret_cast<const uint8_t*>(at))} << (i * 8);
       break;
     case 8:
 #pragma unroll
-      for (int i = 0; i < kVec; ++i, at += step) {
+      for (int i = 0; i < kVec; ++i, at = advance(at, step)) {
         if (!(live >> i & 1)) continue;
         const uint2 u = __ldg(reinterpret_cast<const uint2*>(at));
         if constexpr (sizeof(T) == 8) {
@@ -186,7 +195,7 @@ struct RowTokens {
 
   __device__ __forceinline__ RowTokens() {}
   __device__ __forceinline__ RowTokens(const Row& row, int64_t first, bool inside)
-      : origin(row.origin), first(kRegular && !kFull ? opaque(inside ? first : 0) : first),
+      : origin(row.origin), first(kRegular && !kFull && !inside ? 0 : first),
         alive(!inside ? 0u : (kRegular ? kAllLive : live_elements(first, row.length))) {}
   __device__ __forceinline__ unsigned live() const { return kFull ? kAllLive : alive; }
 
@@ -211,7 +220,7 @@ struct RowTokens {
 
   __device__ __forceinline__ Numbers fetch_other(const ScanInput& in) const {
     if (vectorised(in.vec)) return fetch_vector<T>(Operand{in.row(origin), in.dtype}, first);
-    return fetch_strided<T>(in.row(origin) + first * in.time_bytes, in.dtype, in.time_bytes, live());
+    return fetch_strided<T>(advance(in.row(origin), first, in.time_bytes), in.dtype, in.time_bytes, live());
   }
 
   __device__ __forceinline__ Flags fetch_present(const ScanInput& in) const {
@@ -258,9 +267,9 @@ struct RowTokens {
         __stcg(reinterpret_cast<double2*>(at) + 1, make_double2(v[2], v[3]));
       }
     } else {
-      char* at = out.row(origin) + first * out.time_bytes;
+      char* at = advance(out.row(origin), first, out.time_bytes);
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i, at += out.time_bytes)
+      for (int i = 0; i < kTokens; ++i, at = advance(at, out.time_bytes))
         if (live() >> i & 1) *reinterpret_cast<T*>(at) = v[i];
     }
   }
@@ -287,14 +296,14 @@ struct ColumnTokens {
   template <typename S, typename R, typename F>
   __device__ __forceinline__ R fetch_as(const ScanInput& in, F&& convert) const {
     R raw;
-    const char* at = in.row(origin) + first * in.time_bytes;
-    if (full()) {
+    const char* at = advance(in.row(origin), first, in.time_bytes);
+    if (__builtin_expect(full(), true)) {
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += in.time_bytes) raw.v[i] = convert(__ldg(reinterpret_cast<const S*>(at)));
+      for (int i = 0; i < N; ++i, at = advance(at, in.time_bytes)) raw.v[i] = convert(__ldg(reinterpret_cast<const S*>(at)));
     } else {
       raw = {};
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += in.time_bytes)
+      for (int i = 0; i < N; ++i, at = advance(at, in.time_bytes))
         if (live(i)) raw.v[i] = convert(__ldg(reinterpret_cast<const S*>(at)));
     }
     return raw;
@@ -351,13 +360,13 @@ struct ColumnTokens {
 
   // Outputs of a scan are of type T.
   __device__ __forceinline__ void write(const ScanOutput& out, const T (&v)[kTokens]) const {
-    char* at = out.row(origin) + first * out.time_bytes;
-    if (full()) {
+    char* at = advance(out.row(origin), first, out.time_bytes);
+    if (__builtin_expect(full(), true)) {
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += out.time_bytes) __stcs(reinterpret_cast<T*>(at), v[i]);
+      for (int i = 0; i < N; ++i, at = advance(at, out.time_bytes)) __stcs(reinterpret_cast<T*>(at), v[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i, at += out.time_bytes)
+      for (int i = 0; i < N; ++i, at = advance(at, out.time_bytes))
         if (live(i)) __stcs(reinterpret_cast<T*>(at), v[i]);
     }
   }
@@ -820,7 +829,11 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
     const auto map_of = [&](int i) {
       return Affine<T>{Op::kConstantFactor ? chunk_factor : shared[buffer].a[i][lane], shared[buffer].b[i][lane]};
     };
-    for (int i = 0; i < rank; ++i) x = map_of(i)(x);
+#pragma unroll
+    for (int i = 0; i < ScanGeometry::kColumnWarps - 1; ++i) {
+      if (i >= rank) break;
+      x = map_of(i)(x);
+    }
     const T enter = x;
     if (tile + warps * N < layout.seq_len) {
       for (int i = rank; i < warps; ++i) x = map_of(i)(x);
