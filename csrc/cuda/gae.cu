@@ -60,6 +60,7 @@ class GaeScan {
   using Scalar = T;
   static constexpr bool kReverse = true;
   static constexpr bool kConstantFactor = kConstant;
+  static constexpr bool kSmallTokens = true;
 
   using Params = GaeScanParams<T>;
 
@@ -189,6 +190,7 @@ class GaeAdjointScan {
   using Scalar = T;
   static constexpr bool kReverse = false;
   static constexpr bool kConstantFactor = kConstant;
+  static constexpr bool kSmallTokens = kConstant;
 
   using Params = GaeAdjointParams<T>;
 

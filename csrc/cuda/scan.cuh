@@ -7,6 +7,7 @@
 //     struct Params;                             // POD: every kernel's argument
 //     static constexpr bool kReverse;            // true: scanned from the last token of a sequence to its first
 //     static constexpr bool kConstantFactor;     // true: every token has a == factor(), and none is skipped
+//     static constexpr bool kSmallTokens;        // 16 tokens, as loaded and as emit() needs them, leave registers for the rest
 //     explicit Op(const Params&);
 //     template <typename At> struct Raw;         // what fetch() loads for the At::kTokens tokens of one thread: At::Numbers and At::Flags
 //     struct Token;                              // what emit() needs of a token
@@ -47,10 +48,10 @@ struct ScanGeometry {
   // Rows along contiguous time. Four warps: enough for a row of 1024 tokens in one tile, and few enough to wait for one another cheaply.
   static constexpr int kRowWarps = 4;
   static constexpr int kRowThreads = kRowWarps * kWarpSize;
-  // At most 96 registers a thread: a tile's tokens fit without spills, and 20 warps per SM hide the loads. General access keeps many
-  // addresses as well: at most 128, and whatever it takes for double.
-  static constexpr int row_min_blocks(size_t scalar, Access access) {
-    return access != Access::kGeneral ? 5 : (scalar == sizeof(float) ? 4 : 2);
+  // At most 96 registers a thread: a tile's tokens fit without spills, and 20 warps per SM hide the loads. Warps that walk rows alone keep
+  // the addresses of several tiles, general access those of single elements: at most 128, and whatever it takes for double.
+  static constexpr int row_min_blocks(size_t scalar, Access access, int warps = kRowWarps) {
+    return access != Access::kGeneral && warps == kRowWarps ? 5 : (scalar == sizeof(float) ? 4 : 2);
   }
   // Sub-tiles per warp and tile: two hide each other's shuffles; a third only adds registers. One where types are known at run
   // time only: the access code is large.
@@ -69,8 +70,8 @@ struct ScanGeometry {
   static constexpr int kColumnThreads = kColumnWarps * kWarpSize;
   // At most 128 registers a thread of float: a chunk's tokens stay in registers between the two walks.
   static constexpr int column_min_blocks(size_t scalar) { return scalar == sizeof(float) ? 2 : 1; }
-  // Steps of time per thread, all of whose loads are in flight together; fewer where the access code is large. A power of two.
-  static constexpr int column_tokens(Access access) { return access == Access::kPlain ? 16 : 8; }
+  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large. Powers of two.
+  static constexpr int column_tokens(Access access, bool small_tokens) { return access == Access::kPlain && small_tokens ? 16 : 8; }
 
   static constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 };
@@ -709,7 +710,7 @@ __device__ __forceinline__ void scan_row(const Op& op, const ScanOf<Op>& scan, c
 
 // kWarps 1: a warp walks a row, or several rows of up to 2^width_log2 packs share it; kRowWarps: a block walks a row.
 template <typename Op, Access kAccess, int kWarps, int K>
-__global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_min_blocks(sizeof(typename Op::Scalar), kAccess))
+__global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_min_blocks(sizeof(typename Op::Scalar), kAccess, kWarps))
 scan_rows_kernel(const typename Op::Params params, const RowLayout rows) {
   using T = typename Op::Scalar;
   const Op op(params);
@@ -964,7 +965,7 @@ void launch_scan(const typename Op::Params& params, const ScanPlan& plan, void* 
       break;
     case ScanShape::kColumns:
       if constexpr (kAccess != Access::kRegular) {  // packs are no matter of columns
-        constexpr int N = G::column_tokens(kAccess);
+        constexpr int N = G::column_tokens(kAccess, Op::kSmallTokens);
         const unsigned warps = static_cast<unsigned>(std::min<int64_t>((steps + N - 1) / N, G::kColumnWarps));
         scan_columns_kernel<Op, kAccess, N>
             <<<scan_grid((seqs + kWarpSize - 1) / kWarpSize), dim3(kWarpSize, warps), 0, stream>>>(params, rows.layout);
