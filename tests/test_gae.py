@@ -52,27 +52,37 @@ ACCESS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (3, 64), (2, 128), (3, 132), (2, 512), (3, 1024), (2, 1030), (2, 5000), (1, 20000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 8), (3, 64), (2, 128), (3, 132), (2, 512), (3, 1024), (2, 1030), (2, 3001), (2, 5000), (1, 20000)], ids=str
+)
 @pytest.mark.parametrize("access", ACCESS)
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("content", ["plain", "masked", "terminated", "everything"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
-def test_outputs_and_gradients_at_every_size(device, shape, access, masked, time_dim):
+def test_outputs_and_gradients_at_every_size(device, shape, access, content, time_dim):
     if time_dim == 0:
         shape = (shape[1] // shape[0], 8 * shape[0])
     value_dtype, dtype, mask_dtype = ACCESS[access]
     generator = torch.Generator().manual_seed(10)
     values = torch.randn(shape, generator=generator).to(value_dtype)
     rewards, *weights = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    mask = cases.mask(shape, mask_dtype, generator) if masked else None
+    inputs, flags = {"rewards": rewards, "values": values}, {}
+    if content in ("masked", "everything"):
+        flags["mask"] = cases.mask(shape, mask_dtype, generator)
+    if content in ("terminated", "everything"):
+        flags["terminated"] = torch.rand(shape, generator=generator) < 0.05
+    if content == "everything":
+        flags["truncated"] = torch.rand(shape, generator=generator) < 0.05
+        inputs["next_values"] = torch.randn(shape, generator=generator).to(dtype)
 
     def run(where, wide):
-        leaves = [x.to(where, wide or x.dtype).requires_grad_() for x in (rewards, values)]
-        out = fused_critic.gae(*leaves, mask if mask is None else mask.to(where), gamma=0.99, lam=0.95, time_dim=time_dim)
+        leaves = {name: x.to(where, wide or x.dtype).requires_grad_() for name, x in inputs.items()}
+        others = {name: x.to(where) for name, x in flags.items()}
+        out = fused_critic.gae(**leaves, **others, gamma=0.99, lam=0.95, time_dim=time_dim)
         total = sum((x * w.to(where, x.dtype)).sum() for x, w in zip(out, weights))
-        return *out, *torch.autograd.grad(total, leaves)
+        return *out, *torch.autograd.grad(total, list(leaves.values()))
 
-    results = zip(("advantages", "returns", "gradient of rewards", "gradient of values"), run(device, None), run("cpu", torch.float64))
-    for name, got, expected in results:
+    names = ["advantages", "returns", *(f"gradient of {name}" for name in inputs)]
+    for name, got, expected in zip(names, run(device, None), run("cpu", torch.float64)):
         cases.assert_close(got, expected, max(cases.tolerance(dtype), cases.ROUNDING[got.dtype]), name)
 
 
