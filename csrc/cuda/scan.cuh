@@ -49,9 +49,9 @@ struct ScanGeometry {
   static constexpr int kRowWarps = 4;
   static constexpr int kRowThreads = kRowWarps * kWarpSize;
   // At most 96 registers a thread: a tile's tokens fit without spills, and 20 warps per SM hide the loads. Warps that walk rows alone keep
-  // the addresses of several tiles, general access those of single elements: at most 128, and whatever it takes for double.
+  // the addresses of several tiles, the access code of run-time types needs its own: at most 128, and whatever it takes for double.
   static constexpr int row_min_blocks(size_t scalar, Access access, int warps = kRowWarps) {
-    return access != Access::kGeneral && warps == kRowWarps ? 5 : (scalar == sizeof(float) ? 4 : 2);
+    return access == Access::kPlain && warps == kRowWarps ? 5 : (scalar == sizeof(float) ? 4 : 2);
   }
   // Sub-tiles per warp and tile: two hide each other's shuffles; a third only adds registers. One where types are known at run
   // time only: the access code is large.
@@ -221,6 +221,7 @@ struct RowTokens {
 
   __device__ __forceinline__ Numbers fetch_other(const ScanInput& in) const {
     if (vectorised(in.vec)) return fetch_vector<T>(Operand{in.row(origin), in.dtype}, first);
+    if (live() == 0) return {};
     return fetch_strided<T>(advance(in.row(origin), first, in.time_bytes), in.dtype, in.time_bytes, live());
   }
 
