@@ -12,7 +12,8 @@
 //     template <typename At> struct Raw;         // what fetch() loads for the At::kTokens tokens of one thread: At::Numbers and At::Flags
 //     struct Token;                              // what emit() needs of a token
 //     Raw<At> fetch(const At&) const;            // loads only, so that all of a tile are in flight before the first is used
-//     // Decodes the tokens and walks them as if x = 0 entered the first. A token that is skipped or outside of the sequence is the identity.
+//     // Decodes the tokens, walks them as if x = 0 entered the first, and returns their map. A token that is skipped or outside of the
+//     // sequence is the identity.
 //     Affine<T> compose(const At&, const Raw<At>&, Token (&)[At::kTokens]) const;
 //     void emit(const At&, const Token (&)[At::kTokens], T x) const;  // x enters the first; At writes live tokens only
 //     T factor() const;                          // kConstantFactor only
@@ -63,14 +64,15 @@ struct ScanGeometry {
   static constexpr int kSplitMaxRows = 128;        // with more rows, a block each fills the largest GPUs without reading the inputs twice
   static constexpr int kSplitMaxPackedRows = 16;   // the host knows no segment's length: each gets the blocks of the longest possible
   static constexpr int kSplitMinTiles = 4;         // shorter rows are done before a second launch would start
-  static constexpr int kSplitMaxChunks = 256;      // per row: bounds what a block reads of its predecessors to eight maps a lane
+  static constexpr int kSplitMaxChunks = 256;      // per row: bounds what a block reads of its predecessors to two maps a thread
 
   // Columns (time-major): a thread per sequence and chunk of time.
   static constexpr int kColumnWarps = 8;
   static constexpr int kColumnThreads = kColumnWarps * kWarpSize;
-  // At most 128 registers a thread of float: a chunk's tokens stay in registers between the two walks.
+  // At most 128 registers a thread of float: a chunk's tokens stay in registers from compose() to emit().
   static constexpr int column_min_blocks(size_t scalar) { return scalar == sizeof(float) ? 2 : 1; }
-  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large. Powers of two.
+  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large. A power of
+  // two.
   static constexpr int column_tokens(Access access, bool small_tokens) { return access == Access::kPlain && small_tokens ? 16 : 8; }
 
   static constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
@@ -83,7 +85,7 @@ static_assert(ScanGeometry::kRowThreads * ScanGeometry::row_min_blocks(sizeof(fl
 
 // --- operands ------------------------------------------------------------------------------------------------------------------
 
-// data + i * step in one instruction, and no expression to the compiler, which would else spread the sum out and repeat it for every access.
+// data + i * step in one instruction; and no expression to the compiler, which would spread the sum out and repeat it for every access.
 template <typename P>
 __device__ __forceinline__ P* advance(P* data, int64_t i, int64_t step) {
   P* at;
@@ -182,8 +184,7 @@ constexpr uint32_t kAllSet = 0x01010101u;  // as flag_bytes
 
 // The tokens of one lane in a row: kVec of them along time, from `first` on; bit i of `live`: token first + i belongs to the row.
 // Where packs are regular, lanes that are not live load the row's first pack instead of branching; what they hold is of no account, but
-// their flags are 0. At run time the usual types come first, the others by a switch.
-// kFull: every lane of the tile is live and whole.
+// their flags are 0. At run time the usual types come first, the others by a switch. kFull: regular, and every lane of the tile is live.
 template <typename T, Access kAccess, bool kFull>
 struct RowTokens {
   static constexpr bool kPlain = kAccess == Access::kPlain, kRegular = kAccess != Access::kGeneral;
@@ -577,8 +578,8 @@ struct WarpMaps {
   __device__ __forceinline__ Affine<T> map(int rank) const { return {shared.a[buffer][rank], shared.b[buffer][rank]}; }
 };
 
-// One warp's share of a tile: K sub-tiles of its row. For the lane's pack in the first of them: `first` is its first token, and `left` counts
-// the packs from there to the end of the row, in scan order (0 or less: outside of it).
+// One warp's share of a tile: K sub-tiles of its row. For the lane's pack in the first of them: `first` is its first token, and `left`
+// counts the packs from there to the end of the row, in scan order (0 or less: outside of it).
 template <typename Op, Access kAccess, int K, bool kFull>
 struct WarpTile {
   using T = typename Op::Scalar;
@@ -825,12 +826,13 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
     const At at{seq, Op::kReverse ? layout.seq_len - N - step : step - lead, exists ? layout.seq_len : 0};
     typename Op::Token tokens[N];
     const Affine<T> mine = op.compose(at, op.fetch(at), tokens);
+    // Ordered by the barrier: a warp reads the maps that were stored before it. With two buffers in turn, whoever overwrites one is past
+    // the barrier of the tile between, which every reader of that buffer reaches only after its reads.
     shared[buffer].b[rank][lane] = mine.b;
     if constexpr (!Op::kConstantFactor) shared[buffer].a[rank][lane] = mine.a;
     __syncthreads();
-    const auto map_of = [&](int i) {
-      return Affine<T>{Op::kConstantFactor ? chunk_factor : shared[buffer].a[i][lane], shared[buffer].b[i][lane]};
-    };
+    const auto with_factor = [&](Affine<T> m) { return Op::kConstantFactor ? Affine<T>{chunk_factor, m.b} : m; };
+    const auto map_of = [&](int i) { return with_factor({shared[buffer].a[i][lane], shared[buffer].b[i][lane]}); };
 #pragma unroll
     for (int i = 0; i < ScanGeometry::kColumnWarps - 1; ++i) {
       if (i >= rank) break;
@@ -842,7 +844,7 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
     }
     buffer ^= 1;
     op.emit(at, tokens, enter);
-    if (exists && step < layout.seq_len && step + N >= layout.seq_len) op.finish(seq, (Op::kConstantFactor ? Affine<T>{chunk_factor, mine.b} : mine)(enter));
+    if (exists && step < layout.seq_len && step + N >= layout.seq_len) op.finish(seq, with_factor(mine)(enter));
   }
 }
 

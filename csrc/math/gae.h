@@ -1,4 +1,4 @@
-// GAE and its adjoint as recurrences of one carried scalar. CUDA kernels call it; the CPU's lanes (cpu/gae_kernel.h) are the same in vectors.
+// GAE and its adjoint as recurrences of one carried scalar. CUDA kernels call it; the CPU's lanes (cpu/gae_kernel.h) are the same maps.
 #pragma once
 
 #include <cmath>
