@@ -37,6 +37,18 @@ def test_shapes(device, shape, reduction, time_dim, clip_range):
     compare_shape(shape, reduction, time_dim, clip_range, device)
 
 
+@pytest.mark.parametrize("shape", [(5, 300), (40, 9)], ids=["long rows", "short rows"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+@pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
+def test_float64(device, shape, time_dim, clip_range):
+    """Double precision has kernels of its own on CUDA, one for each way through the tokens."""
+    generator = torch.Generator().manual_seed(10)
+    shape = shape if time_dim == -1 else shape[::-1]
+    tensors = draw_inputs(shape, generator, device, [torch.float64] * 3, ["contiguous"] * 3)
+    mask = cases.mask(shape, torch.bool, generator).to(device)
+    check(*tensors, mask, reduction="seq-mean-token-mean", time_dim=time_dim, clip_range=clip_range)
+
+
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_padding_mask(device, reduction, time_dim):

@@ -1,8 +1,8 @@
 // Masked clipped value loss on CUDA: one launch forward, one backward.
 //
 // Forward reads every operand once and writes nothing per token (13 bytes per token for float and a one-byte mask; kNone adds one
-// store); backward reads the same and writes the gradient. Results are deterministic: partial results are combined in index order by
-// the block that finishes last, there is no floating-point atomic, and the split of the work depends on the shape alone.
+// store); backward reads the same and writes the gradient. Results are deterministic: the warps' partial results are combined in a fixed
+// order by the block that finishes last, there is no floating-point atomic, and the split of the work depends on the shape alone.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -19,8 +19,8 @@ namespace {
 // --- geometry ----------------------------------------------------------------------------------------------------------------
 
 struct Geometry {
-  static constexpr int kMaxThreads = 128;        // three such blocks per multiprocessor: 168 registers, no spills, 80 KB in flight
-  static constexpr int kMinThreads = 64;         // small problems: smaller blocks reach more multiprocessors
+  static constexpr int kMaxThreads = 128;        // two such blocks per multiprocessor: no spills, 53 KB in flight
+  static constexpr int kMinThreads = 32;         // small problems: smaller blocks reach more multiprocessors
   static constexpr int64_t kWarpTokens = 1024;   // below this a warp's reduction costs more than its tokens
   static constexpr int64_t kMaxWarps = 2048;     // fills the largest GPUs; more would only lengthen the finish
   static constexpr int64_t kSplitWarps = 2048;   // with fewer rows than half of this, rows are split until this many warps have work
@@ -49,17 +49,18 @@ inline int pow2_ceil(int64_t x, int limit) {
 
 // --- sums --------------------------------------------------------------------------------------------------------------------
 
-// The sums that a thread keeps: the additive moments under their own index, and one more.
-constexpr int kRowMeans = kValueMin;  // sum over rows of row loss / row weight; shares no storage with the min, which is no sum
-constexpr int kNumSums = kRowMeans + 1;
-static_assert(kNumSums <= kMaxSlots && kSequences + 1 == kRowMeans, "additive moments first");
+// What a lane adds up token by token, in T. Value, return and error (R - v) are taken about the warp's centre, one of its valid tokens, so
+// that squares in T keep their digits; the error's own sum follows from the other two.
+enum Slot { kLossSlot, kClippedSlot, kOutsideSlot, kValueSlot, kValueSqSlot, kReturnSlot, kReturnSqSlot, kErrorSqSlot };
 
-// What one block leaves for the finish.
-struct BlockPartial {
-  double sum[kMaxSlots];  // [0, kNumSums), then at kPartialMin and kPartialMax the negated min, and the max
+// What a warp leaves for the finish; the loss without its factor 0.5.
+template <typename T>
+struct alignas(16) WarpPartial {
+  T slot[kSumSlots];
+  T value_min, value_max, centre_value, centre_return;
+  T weight, row_means;  // row_means: sum over rows of row loss / row weight
+  uint32_t tokens, sequences;
 };
-constexpr int kPartialMin = kNumSums, kPartialMax = kNumSums + 1;
-static_assert(kPartialMax < kMaxSlots, "a partial is 128 bytes: one slot per two lanes");
 
 // What one part of a row that is split over warps or blocks leaves for the finish: one 16-byte access for float.
 template <typename T>
@@ -67,58 +68,72 @@ struct alignas(4 * sizeof(T)) RowPartial {
   T loss, weight, seen, unused;
 };
 
-// Sums of one thread since the last flush. Values are centred on one valid token of the warp, so that second moments in T keep their
-// digits. kRows: rows that a thread works on at a time (1 along time, kVec across sequences).
+// Sums of one thread. kRows: rows that a thread works on at a time (1 along time, kVec across sequences).
 template <typename T, int kRows>
 struct Sums {
-  T sum[kNumSums] = {};
-  T loss[kRows] = {}, weight[kRows] = {};          // of the current row, since the last settle
+  T slot[kSumSlots] = {};                             // since the last flush; the loss up to the last settle
+  T loss[kRows] = {}, weight[kRows] = {};          // of the current row, since the last settle; weight only where a mask has weights
   T row_loss[kRows] = {}, row_weight[kRows] = {};  // of the current row, settled
-  uint32_t tokens = 0;                             // tokens with w != 0 since the last settle, one byte per element of the pack
-  uint32_t seen = 0;                               // the same bytes, or-ed over the row
-  uint32_t clipped_outside = 0;                    // weights 0 and 1: clipped tokens in the low half, outside ones in the high half
+  uint32_t valid_bytes = 0;                        // tokens with w != 0 since the last settle, one byte per element of the pack
+  uint32_t seen = 0;                               // those bytes, or-ed over the row
+  uint32_t tokens = 0, sequences = 0;              // settled
+  T settled_weight = 0, row_means = 0;
   T value_min = T(INFINITY), value_max = T(-INFINITY);
   T centre_value = 0, centre_return = 0;
   bool centred = false;
 };
-constexpr uint32_t kOutsideOne = 1u << 16, kClippedOne = 1u;
 
-// One pack into the sums. valid: a byte of 0 or 1 per token; kAll: all are 1 in the whole warp, which saves a fifth of the instructions
-// in the usual case of long runs of valid tokens. Returns w l.
+constexpr uint32_t kAllValid = 0x01010101u;
+
+// 1 where a > b and where a != b, else 0; a NaN is neither.
+template <typename T>
+__device__ __forceinline__ T is_greater(T a, T b) { return a > b ? T(1) : T(0); }
+template <typename T>
+__device__ __forceinline__ T is_different(T a, T b) { return a < b || a > b ? T(1) : T(0); }
+template <>
+__device__ __forceinline__ float is_greater(float a, float b) {
+  float x;
+  asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+template <>
+__device__ __forceinline__ float is_different(float a, float b) {
+  float x;
+  asm("set.ne.f32.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+
+template <bool kClip, typename T>
+__device__ __forceinline__ TokenLoss<T> token_loss(T v, T old, T ret, T low, T high) {
+  return kClip ? clipped_value_loss(v, old, ret, low, high) : plain_value_loss(v, ret);
+}
+
+// One pack into the sums. valid: a byte of 0 or 1 per token; kAll: all are 1 in the whole warp.
 template <bool kClip, bool kWeighted, bool kAll, typename T, int kRows>
-__device__ __forceinline__ Pack<T> accumulate(Sums<T, kRows>& a, const Pack<T>& values, const Pack<T>& old_values, const Pack<T>& returns,
-                                              const Pack<T>& weights, uint32_t valid, T low, T high) {
-  Pack<T> out;
+__device__ __forceinline__ void accumulate(Sums<T, kRows>& a, const Pack<T>& values, const Pack<T>& old_values, const Pack<T>& returns,
+                                           const Pack<T>& weights, uint32_t valid, T low, T high) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const int row = i % kRows;
-    const bool on = kAll || (valid & 1u << (8 * i)) != 0;
-    const T w = kWeighted ? weights.v[i] : T(1);
-    // Masked tokens stand on the centre: they add 0 to every moment whatever memory holds.
-    const T v = on ? values.v[i] : a.centre_value;
-    const T ret = on ? returns.v[i] : a.centre_return;
-    const TokenLoss<T> token = kClip ? clipped_value_loss(v, old_values.v[i], ret, low, high) : plain_value_loss(v, ret);
-    out.v[i] = on ? (kWeighted ? w * token.loss : token.loss) : T(0);
-    a.loss[row] += out.v[i];
-    if constexpr (kWeighted) {
-      a.weight[row] += on ? w : T(0);
-      a.sum[kClipped] += on && token.clipped ? w : T(0);
-      a.sum[kOutside] += on && token.outside ? w : T(0);
-    } else if constexpr (kClip) {
-      // A clipped token is outside, too.
-      a.clipped_outside += on && token.outside ? kOutsideOne + (token.clipped ? kClippedOne : 0u) : 0u;
+    const T v = values.v[i], ret = returns.v[i], w = weights.v[i];
+    const TokenLoss<T> token = token_loss<kClip>(v, old_values.v[i], ret, low, high);
+    const T twice = token.twice(), dv = v - a.centre_value, dr = ret - a.centre_return, de = dr - dv;
+    if (!kAll && (valid & 1u << (8 * i)) == 0) continue;
+    const T wdv = kWeighted ? w * dv : dv, wdr = kWeighted ? w * dr : dr, wde = kWeighted ? w * de : de;
+    a.loss[i % kRows] += kWeighted ? w * twice : twice;
+    if constexpr (kWeighted) a.weight[i % kRows] += w;
+    if constexpr (kClip) {
+      const T clipped = is_greater(token.clipped, token.unclipped), outside = is_different(token.vc, v);
+      a.slot[kClippedSlot] += kWeighted ? w * clipped : clipped;
+      a.slot[kOutsideSlot] += kWeighted ? w * outside : outside;
     }
-    const T dv = v - a.centre_value, dr = ret - a.centre_return, de = dr - dv;
-    const T wdv = kWeighted && on ? w * dv : dv, wdr = kWeighted && on ? w * dr : dr, wde = kWeighted && on ? w * de : de;
-    a.sum[kValue] += wdv;
-    a.sum[kValueSq] += wdv * dv;
-    a.sum[kReturn] += wdr;
-    a.sum[kReturnSq] += wdr * dr;
-    a.sum[kErrorSq] += wde * de;
+    a.slot[kValueSlot] += wdv;
+    a.slot[kValueSqSlot] += wdv * dv;
+    a.slot[kReturnSlot] += wdr;
+    a.slot[kReturnSqSlot] += wdr * dr;
+    a.slot[kErrorSqSlot] += wde * de;
     a.value_min = fmin(v, a.value_min);
     a.value_max = fmax(v, a.value_max);
   }
-  return out;
 }
 
 // Moves what the current rows gathered since the last settle into the sums.
@@ -126,50 +141,24 @@ template <typename T, int kRows>
 __device__ __forceinline__ void settle(Sums<T, kRows>& a, bool weighted) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    uint32_t n = 0;
-#pragma unroll
-    for (int i = r; i < kVec; i += kRows) n += a.tokens >> (8 * i) & 0xffu;
-    a.sum[kTokens] += static_cast<T>(n);
+    const uint32_t n = kRows == 1 ? __dp4a(a.valid_bytes, kAllValid, 0u) : a.valid_bytes >> (8 * r) & 0xffu;
+    a.tokens += n;
     const T w = weighted ? a.weight[r] : static_cast<T>(n);
-    a.sum[kWeight] += w;
-    a.sum[kLoss] += a.loss[r];
-    a.row_weight[r] += w;
-    a.row_loss[r] += a.loss[r];
+    a.settled_weight += w;
+    a.slot[kLossSlot] += a.loss[r];
+    a.row_weight[r] += w, a.row_loss[r] += a.loss[r];
     a.weight[r] = a.loss[r] = T(0);
   }
-  a.tokens = 0;
+  a.valid_bytes = 0;
 }
 
-// Adds the warp's settled sums to `total`: the lanes 2 k and 2 k + 1 hold sum k. Undoes the centring in double.
-template <typename T, int kRows>
-__device__ __forceinline__ void flush(Sums<T, kRows>& a, double& total, bool weighted) {
-  if (!weighted) {
-    a.sum[kClipped] = static_cast<T>(a.clipped_outside & (kOutsideOne - 1));
-    a.sum[kOutside] = static_cast<T>(a.clipped_outside / kOutsideOne);
-    a.clipped_outside = 0;
-  }
-  a.sum[kError] = a.sum[kReturn] - a.sum[kValue];
-  const double s = warp_sum_slots(a.sum);
-  const int slot = lane_slot();
-  const bool value = slot == kValue || slot == kValueSq, error = slot == kError || slot == kErrorSq;
-  const bool ret = slot == kReturn || slot == kReturnSq;
-  const bool square = slot == kValueSq || slot == kReturnSq || slot == kErrorSq;
-  const double weight = __shfl_sync(kAllLanes, s, slot_lane(kWeight));
-  const double first = __shfl_sync(kAllLanes, s, slot_lane(error ? kError : ret ? kReturn : kValue));
-  const double cv = a.centre_value, cr = a.centre_return;
-  const double centre = error ? cr - cv : ret ? cr : cv;
-  total += s;
-  if (value || ret || error) total += square ? centre * (2 * first + centre * weight) : centre * weight;
-#pragma unroll
-  for (int i = 0; i < kNumSums; ++i) a.sum[i] = T(0);
-}
-
-// Sum over rows of what the row's own weight divides. An empty row counts for nothing.
+// Ends a row, of which `loss` lacks the factor 0.5. An empty row counts for nothing.
 template <typename T>
-__device__ __forceinline__ void end_row(const ValueLossParams& p, int64_t row, T loss, T weight, bool seen, T& sequences, T& row_means) {
-  sequences += seen ? T(1) : T(0);
+__device__ __forceinline__ void end_row(const ValueLossParams& p, int64_t row, T loss, T weight, bool seen, uint32_t& sequences,
+                                        T& row_means) {
+  sequences += seen ? 1 : 0;
   if (p.reduction != Reduction::kSeqMeanTokenMean) return;
-  row_means += weight != T(0) ? loss / weight : T(0);
+  row_means += weight != T(0) ? T(0.5) * loss / weight : T(0);
   p.residuals[kSeqScale + row] = weight != T(0) ? 1.0 / static_cast<double>(weight) : 0.0;
 }
 
@@ -182,6 +171,7 @@ struct Access {
   unsigned aligned = 0;  // as vectors of their own type
   unsigned native = 0;   // of these: the accumulation type (the mask: bytes)
   unsigned half = 0;     // of these: a 2-byte floating type
+  bool direct = false;   // all inputs are native, or the mask is absent
 };
 
 __host__ __device__ constexpr bool is_floating(DType t) {
@@ -191,16 +181,17 @@ __host__ __device__ constexpr bool is_floating(DType t) {
 template <typename T>
 constexpr DType accumulation_dtype = sizeof(T) == sizeof(float) ? DType::kFloat32 : DType::kFloat64;
 
-// Where a thread's packs lie: pack k starts at token `time` + k * time_step of sequence `seq`. Its elements follow each other along
-// time, or, in columns, across sequences, seq_step apart.
-template <bool kColumns>
+// Where a thread's packs lie: pack k starts at token `time` + k * step() of sequence `seq`. Its elements follow each other along
+// time, or, in columns, across sequences, seq_step apart. kStep: step() if it is known, which makes it part of the load instructions; or 0.
+template <bool kColumns, int kStep = 0>
 struct Place {
   int64_t seq, time;
   int time_step, seq_step;
 
+  __device__ __forceinline__ int step() const { return kStep != 0 ? kStep : time_step; }
   template <typename X>
   __device__ __forceinline__ int64_t offset(const X& x, int k) const {
-    return seq * x.seq_stride + (time + k * time_step) * x.time_stride;
+    return seq * x.seq_stride + (time + k * step()) * x.time_stride;
   }
   template <typename X>
   __device__ __forceinline__ int64_t element_stride(const X& x) const { return kColumns ? seq_step * x.seq_stride : x.time_stride; }
@@ -210,7 +201,7 @@ struct Place {
     return kColumns ? seq + time * x.time_stride : seq * x.seq_stride + time;
   }
   template <typename X>
-  __device__ __forceinline__ int64_t vector_stride(const X& x) const { return kColumns ? time_step * x.time_stride : time_step; }
+  __device__ __forceinline__ int64_t vector_stride(const X& x) const { return kColumns ? step() * x.time_stride : step(); }
 
   // The same place, of which the compiler knows nothing: keeps the addresses of rare paths from being computed ahead of the loop, where
   // they would take some thirty registers from the common path.
@@ -221,35 +212,80 @@ struct Place {
   }
 };
 
-// First half of a load: issues the loads of all packs of one operand. full: every element of every pack is live. Then 2-byte elements
-// stay as they are, in the low half of the pack, until widen().
-template <typename T, int K, bool kColumns>
-__device__ __forceinline__ void issue(Pack<T> (&out)[K], const Operand& x, const Place<kColumns>& at, const unsigned (&live)[K], bool full,
+// Which tokens of a pack exist, as a byte of 0 or 1 each: those of [first, last), of which the pack holds [token, token + kVec).
+template <typename I>
+__device__ __forceinline__ uint32_t live_bytes(I token, I first, I last) {
+  const int before = static_cast<int>(min(max(first - token, I(0)), I(kVec)));
+  const int after = static_cast<int>(min(max(token + kVec - last, I(0)), I(kVec)));
+  // Two shifts each: one by 32 bits would be undefined.
+  return (kAllValid << 4 * before << 4 * before) & (kAllValid >> 4 * after >> 4 * after);
+}
+
+// The same as packed.cuh has it, a bit each: the product brings the four bytes' bits together in the uppermost byte.
+__device__ __forceinline__ unsigned live_bits(uint32_t bytes) { return bytes * 0x01020408u >> 24; }
+
+// How a group of packs may be read.
+enum class Reach {
+  kWhole,    // every token of every pack is live
+  kOver,     // packs may hold tokens of a neighbouring row, which are memory of the tensor: packs with a live token are read whole
+  kLimited,  // only live tokens may be touched
+};
+
+// Aligned vectors. Plain loads rather than __ldg: that is inline assembly, which takes no constant offset.
+__device__ __forceinline__ void load_pack(uint32_t& out, const uint8_t* at) { out = *reinterpret_cast<const uint32_t*>(at); }
+__device__ __forceinline__ void load_pack(Pack<float>& out, const float* at) {
+  const float4 u = *reinterpret_cast<const float4*>(at);
+  out = {{u.x, u.y, u.z, u.w}};
+}
+__device__ __forceinline__ void load_pack(Pack<double>& out, const double* at) {
+  const double2 a = *reinterpret_cast<const double2*>(at), b = *(reinterpret_cast<const double2*>(at) + 1);
+  out = {{a.x, a.y, b.x, b.y}};
+}
+// Two-byte elements stay as they are, in the low half of the pack, until widen().
+__device__ __forceinline__ void load_pack(Pack<float>& out, const uint16_t* at) {
+  const float2 u = *reinterpret_cast<const float2*>(at);
+  out.v[0] = u.x, out.v[1] = u.y;
+}
+
+__device__ __forceinline__ void store_vector(float* at, const Pack<float>& x) {
+  __stcg(reinterpret_cast<float4*>(at), make_float4(x.v[0], x.v[1], x.v[2], x.v[3]));
+}
+__device__ __forceinline__ void store_vector(double* at, const Pack<double>& x) {
+  __stcg(reinterpret_cast<double2*>(at), make_double2(x.v[0], x.v[1]));
+  __stcg(reinterpret_cast<double2*>(at) + 1, make_double2(x.v[2], x.v[3]));
+}
+
+// One vector per pack that has a live token, of elements of type E.
+template <typename E, typename X, int K, typename At>
+__device__ __forceinline__ void load_vectors(X (&out)[K], const Operand& x, const At& at, const uint32_t (&live)[K]) {
+  const E* data = static_cast<const E*>(x.data) + at.vector_offset(x);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (live[k] != 0) load_pack(out[k], data + k * at.vector_stride(x));
+  }
+}
+
+// First half of a load: issues the loads of all packs of one operand. What is not live is not read, or reads as anything.
+template <typename T, int K, typename At>
+__device__ __forceinline__ void issue(Pack<T> (&out)[K], const Operand& x, const At& at, const uint32_t (&live)[K], Reach reach,
                                       const Access& access, unsigned bit) {
-  if (full && (access.native & bit) != 0) {
-    const T* data = static_cast<const T*>(x.data) + at.vector_offset(x);
-#pragma unroll
-    for (int k = 0; k < K; ++k) out[k] = load_vector(data + k * at.vector_stride(x));
-  } else if (sizeof(T) == sizeof(float) && full && (access.half & bit) != 0) {
-    const uint16_t* data = static_cast<const uint16_t*>(x.data) + at.vector_offset(x);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const float2 u = __ldg(reinterpret_cast<const float2*>(data + k * at.vector_stride(x)));
-      out[k].v[0] = u.x, out[k].v[1] = u.y;
-    }
+  if (reach != Reach::kLimited && (access.native & bit) != 0) {
+    load_vectors<T>(out, x, at, live);
+  } else if (sizeof(T) == sizeof(float) && reach != Reach::kLimited && (access.half & bit) != 0) {
+    if constexpr (sizeof(T) == sizeof(float)) load_vectors<uint16_t>(out, x, at, live);
   } else {
-    const Place<kColumns> rare = at.rare();
+    const At rare = at.rare();
     const bool vec = (access.aligned & bit) != 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) out[k] = unpack(fetch<T>(x, rare.offset(x, k), rare.element_stride(x), live[k], vec), x.dtype);
+    for (int k = 0; k < K; ++k) out[k] = unpack(fetch<T>(x, rare.offset(x, k), rare.element_stride(x), live_bits(live[k]), vec), x.dtype);
   }
 }
 
 // Second half.
 template <typename T, int K>
-__device__ __forceinline__ void widen(Pack<T> (&out)[K], const Operand& x, bool full, const Access& access, unsigned bit) {
+__device__ __forceinline__ void widen(Pack<T> (&out)[K], const Operand& x, Reach reach, const Access& access, unsigned bit) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (!full || (access.half & bit) == 0) return;
+    if (reach == Reach::kLimited || (access.half & bit) == 0) return;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const RawPack<T> raw = {{__float_as_uint(out[k].v[0]), __float_as_uint(out[k].v[1])}};
@@ -260,58 +296,102 @@ __device__ __forceinline__ void widen(Pack<T> (&out)[K], const Operand& x, bool 
 
 // The weights of pack k in T, integers as 0 or 1; read where they are used (a floating mask is rare, and the line is in cache): kept,
 // they would cost every launch registers.
-template <typename T, typename Params, bool kColumns>
-__device__ __forceinline__ Pack<T> load_weights(const Params& p, const Place<kColumns>& at, int k, unsigned live, const Access& access) {
-  const Place<kColumns> rare = at.rare();
+template <typename T, typename Params, typename At>
+__device__ __forceinline__ Pack<T> load_weights(const Params& p, const At& at, int k, uint32_t live, const Access& access) {
+  const At rare = at.rare();
   const bool vec = (access.aligned & kMaskBit) != 0;
-  return unpack(fetch<T>(p.mask, rare.offset(p.mask, k), rare.element_stride(p.mask), live, vec), p.mask.dtype);
+  return unpack(fetch<T>(p.mask, rare.offset(p.mask, k), rare.element_stride(p.mask), live_bits(live), vec), p.mask.dtype);
 }
 
-constexpr uint32_t kAllValid = 0x01010101u;
+// Where a thread's packs lie in plain tensors (Access::direct).
+template <typename T, bool kClip>
+struct Cursor {
+  const T *values, *old_values, *returns;
+  const uint8_t* mask;  // where has_mask
+  bool has_mask;
+  int64_t value_step, old_value_step, return_step, mask_step;  // from pack to pack
 
-// The operands of a thread's packs; an absent mask is all ones.
+  template <typename Params, typename At>
+  __device__ __forceinline__ Cursor(const Params& p, const At& at) {
+    values = static_cast<const T*>(p.values.data) + at.vector_offset(p.values);
+    returns = static_cast<const T*>(p.returns.data) + at.vector_offset(p.returns);
+    has_mask = p.mask.data != nullptr;
+    mask = static_cast<const uint8_t*>(p.mask.data) + at.vector_offset(p.mask);
+    value_step = at.vector_stride(p.values), return_step = at.vector_stride(p.returns), mask_step = at.vector_stride(p.mask);
+    if constexpr (kClip) {
+      old_values = static_cast<const T*>(p.old_values.data) + at.vector_offset(p.old_values);
+      old_value_step = at.vector_stride(p.old_values);
+    }
+  }
+
+  __device__ __forceinline__ void advance(int packs) {
+    values += packs * value_step, returns += packs * return_step, mask += packs * mask_step;
+    if constexpr (kClip) old_values += packs * old_value_step;
+  }
+};
+
+// The operands of a thread's packs. All loads are issued before the first is used.
 template <typename T, bool kClip, int K>
 struct Tokens {
   Pack<T> values[K], old_values[K], returns[K];
-  uint32_t valid[K];   // a byte of 0 or 1 per token
-  bool weighted;
+  uint32_t mask[K];  // a byte per token, not 0 where it is valid; of tokens that are not live, anything
 
-  // full: every token of every pack is live. All loads are issued before the first is used.
-  template <typename Params, bool kColumns>
-  __device__ __forceinline__ Tokens(const Params& p, const Place<kColumns>& at, const unsigned (&live)[K], bool full,
-                                    const Access& access) {
-    weighted = p.mask.data != nullptr && is_floating(p.mask.dtype);
-    const bool mask_bytes = full && (access.native & kMaskBit) != 0;
-    if (p.mask.data == nullptr) {
+  __device__ __forceinline__ void load(const Cursor<T, kClip>& at) {
+    if (at.has_mask) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) valid[k] = full ? kAllValid : ones_mask<T>(live[k]).word[0];
-    } else if (mask_bytes) {
-      const uint8_t* data = static_cast<const uint8_t*>(p.mask.data) + at.vector_offset(p.mask);
-#pragma unroll
-      for (int k = 0; k < K; ++k) valid[k] = __ldg(reinterpret_cast<const uint32_t*>(data + k * at.vector_stride(p.mask)));
+      for (int k = 0; k < K; ++k) load_pack(mask[k], at.mask + k * at.mask_step);
     }
-    issue(values, p.values, at, live, full, access, kValuesBit);
-    issue(returns, p.returns, at, live, full, access, kReturnsBit);
-    if constexpr (kClip) issue(old_values, p.old_values, at, live, full, access, kOldValuesBit);
-    if (mask_bytes) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) {  // a carry out of the low seven bits, or the high bit itself
-        valid[k] = (((valid[k] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | valid[k]) >> 7 & kAllValid;
-      }
-    } else if (p.mask.data != nullptr) {
+    for (int k = 0; k < K; ++k) {
+      load_pack(values[k], at.values + k * at.value_step);
+      load_pack(returns[k], at.returns + k * at.return_step);
+      if constexpr (kClip) load_pack(old_values[k], at.old_values + k * at.old_value_step);
+    }
+  }
+
+  // Anything. An absent mask is all ones.
+  template <typename Params, typename At>
+  __device__ __forceinline__ void load(const Params& p, const At& at, const uint32_t (&live)[K], Reach reach, const Access& access) {
+    const bool mask_bytes = reach != Reach::kLimited && (access.native & kMaskBit) != 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) mask[k] = p.mask.data == nullptr ? kAllValid : 0u;
+    if (mask_bytes) load_vectors<uint8_t>(mask, p.mask, at, live);
+    issue(values, p.values, at, live, reach, access, kValuesBit);
+    issue(returns, p.returns, at, live, reach, access, kReturnsBit);
+    if constexpr (kClip) issue(old_values, p.old_values, at, live, reach, access, kOldValuesBit);
+    if (p.mask.data != nullptr && !mask_bytes) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const Pack<T> w = load_weights<T>(p, at, k, live[k], access);
-        valid[k] = 0;
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) valid[k] |= w.v[i] != T(0) ? 1u << (8 * i) : 0u;
+        for (int i = 0; i < kVec; ++i) mask[k] |= w.v[i] != T(0) ? 1u << (8 * i) : 0u;
       }
     }
-    widen(values, p.values, full, access, kValuesBit);
-    widen(returns, p.returns, full, access, kReturnsBit);
-    if constexpr (kClip) widen(old_values, p.old_values, full, access, kOldValuesBit);
+    widen(values, p.values, reach, access, kValuesBit);
+    widen(returns, p.returns, reach, access, kReturnsBit);
+    if constexpr (kClip) widen(old_values, p.old_values, reach, access, kOldValuesBit);
+  }
+
+  __device__ __forceinline__ TokenLoss<T> loss(int k, int i, T low, T high) const {
+    return token_loss<kClip>(values[k].v[i], kClip ? old_values[k].v[i] : T(0), returns[k].v[i], low, high);
+  }
+
+  // A byte of 0 or 1 per token of pack k.
+  __device__ __forceinline__ uint32_t valid(int k, uint32_t live) const {
+    // A byte is not 0 if its low seven bits carry into the high one, or that is set itself.
+    return (((mask[k] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | mask[k]) >> 7 & live;
+  }
+
+  // Whether all tokens are surely valid: looks only at the lowest bits, which bool masks have.
+  __device__ __forceinline__ bool all_valid() const {
+    uint32_t common = kAllValid;
+#pragma unroll
+    for (int k = 0; k < K; ++k) common &= mask[k];
+    return common == kAllValid;
   }
 };
+
+__device__ __forceinline__ bool is_weighted(const Operand& mask) { return mask.data != nullptr && is_floating(mask.dtype); }
 
 struct Segment {
   int64_t start, length;
@@ -333,95 +413,161 @@ __device__ __forceinline__ Segment load_segment(const Layout& l, int64_t s) {
 struct ForwardPlan {
   bool columns = false;   // threads across sequences
   bool neighbours = false;  // columns: a thread's columns are neighbours
+  bool over = false;      // rows: a pack at the edge of a row that is neither first nor last lies in the tensor as a whole
   int threads = 0, blocks = 0;
   int lanes = 0;          // rows: lanes that share a row; columns: lanes side by side, each with kVec columns
   int splits = 1;         // parts that a row is cut into; with more than one, row partials go through the workspace
   int64_t items = 0;      // (row or tile of columns, part)
-  int64_t rounds = 0;     // items that a group of lanes (rows) or a block (columns) works through
+  int64_t groups = 0;     // rows: groups of lanes in the grid
   Access access;
   PackPhase phase;
 };
 
+template <typename T>
 struct Scratch {
   unsigned* ticket;
-  BlockPartial* blocks;
-  void* rows;  // RowPartial<T>[row * splits + split], splits > 1 only
+  WarpPartial<T>* warps;
+  RowPartial<T>* rows;  // [row * splits + split], splits > 1 only
 };
 constexpr int64_t kScratchAlign = 256;
 
-Scratch carve(void* workspace, const ForwardPlan& plan) {
+int64_t num_warps(const ForwardPlan& plan) { return static_cast<int64_t>(plan.blocks) * (plan.threads / kWarp); }
+
+template <typename T>
+Scratch<T> carve(void* workspace, const ForwardPlan& plan) {
   char* at = static_cast<char*>(workspace);
-  return {reinterpret_cast<unsigned*>(at), reinterpret_cast<BlockPartial*>(at + kScratchAlign),
-          at + kScratchAlign + plan.blocks * static_cast<int64_t>(sizeof(BlockPartial))};
+  WarpPartial<T>* warps = reinterpret_cast<WarpPartial<T>*>(at + kScratchAlign);
+  return {reinterpret_cast<unsigned*>(at), warps, reinterpret_cast<RowPartial<T>*>(warps + num_warps(plan))};
 }
 
-template <typename T, bool kClip, int kRows>
+// kRows: as in Sums. kStep: as in Place. Its functions are for all lanes of the warp together.
+template <typename T, bool kClip, int kRows, int kStep>
 struct Walker {
   static constexpr int K = kPacks<T, kRows>;
+  using At = Place<(kRows > 1), kStep>;
+  using Packs = Tokens<T, kClip, K>;
   const ValueLossParams& p;
   const ForwardPlan& plan;
+  T* scratch;  // for warp_sum_slots
   Sums<T, kRows> sums;
-  double total = 0;  // lanes 2 k and 2 k + 1: sum k of the warp
+  double total = 0;  // of the lane's slot: what was flushed
   T low, high;
-  bool weighted;
-  int passes = 0;
+  bool weighted, per_token, row_means;  // row_means: the sums of single rows are needed
+  int passes = 0;  // since the last flush
 
-  __device__ __forceinline__ Walker(const ValueLossParams& params, const ForwardPlan& plan_) : p(params), plan(plan_) {
+  __device__ __forceinline__ Walker(const ValueLossParams& params, const ForwardPlan& plan_, T* warp_scratch)
+      : p(params), plan(plan_), scratch(warp_scratch) {
     low = kClip ? static_cast<T>(load_number(p.clip_low)) : T(0);
     high = kClip ? static_cast<T>(load_number(p.clip_high)) : T(0);
-    weighted = p.mask.data != nullptr && is_floating(p.mask.dtype);
+    weighted = is_weighted(p.mask);
+    per_token = p.reduction == Reduction::kNone;
+    row_means = p.reduction == Reduction::kSeqMeanTokenMean;
   }
 
-  // All lanes of the warp together.
-  __device__ __forceinline__ void pass(const Place<(kRows > 1)>& at, const unsigned (&live)[K], bool full) {
-    const Tokens<T, kClip, K> tokens(p, at, live, full, plan.access);
+  // `count` passes over whole packs of plain tensors, side by side from `at` on. They have code of their own, in which a load's registers
+  // are known: were the paths to meet behind the loads, each register would be moved.
+  __device__ __forceinline__ void direct_passes(At at, int count) {
+    Cursor<T, kClip> cursor(p, at);
+    for (; count > 0; --count, cursor.advance(K)) {
+      make_room();
+      Packs tokens;
+      tokens.load(cursor);
+      const bool all_valid = !cursor.has_mask || __all_sync(kAllLanes, tokens.all_valid());
+      if (all_valid) {
+        if (!sums.centred) centre_on(tokens.values[0].v[0], tokens.returns[0].v[0], 0);
+        sums.valid_bytes += K * kAllValid;
+        sums.seen = kAllValid;
+#pragma unroll
+        for (int k = 0; k < K; ++k) accumulate_pack<false, true>(tokens, k, kAllValid, {});
+      } else {
+#pragma unroll
+        for (int k = 0; k < K; ++k) masked_pack<false>(tokens, k, tokens.valid(k, kAllValid), {});
+      }
+      if (per_token) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) store(tokens, at, k, kAllValid, all_valid ? kAllValid : tokens.valid(k, kAllValid), {});
+        at.time += K * at.step();
+      }
+    }
+  }
+
+  // One pass over anything.
+  __device__ __forceinline__ void pass(const At& place, const uint32_t (&live)[K], Reach reach) {
+    const At at = place.rare();
+    Packs tokens;
+    tokens.load(p, at, live, reach, plan.access);
+    make_room();
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const uint32_t valid = tokens.valid(k, live[k]);
+      Pack<T> weights = {};
+      if (weighted) {
+        weights = load_weights<T>(p, at, k, live[k], plan.access);
+        masked_pack<true>(tokens, k, valid, weights);
+      } else {
+        masked_pack<false>(tokens, k, valid, weights);
+      }
+      if (per_token) store(tokens, at, k, live[k], valid, weights);
+    }
+  }
+
+  // Makes room for one more pass in the sums.
+  __device__ __forceinline__ void make_room() {
     if (passes == Geometry::kFlushPasses) {
       settle(sums, weighted);
-      flush(sums, total, weighted);
+      flush();
       passes = 0;
     }
     ++passes;
-    if (!sums.centred) {
+  }
+
+  // Moves the settled sums from the lanes to `total`.
+  __device__ __forceinline__ void flush() {
+    total += warp_sum_slots(sums.slot, scratch);
 #pragma unroll
-      for (int k = 0; k < K; ++k)
-        if (!sums.centred) choose_centre(tokens.values[k], tokens.returns[k], tokens.valid[k]);
-    }
-    if (tokens.weighted) {
-      accumulate_group<true>(tokens, at, live);
-    } else {
-      accumulate_group<false>(tokens, at, live);
-    }
+    for (T& x : sums.slot) x = T(0);
   }
 
   template <bool kWeighted>
-  __device__ __forceinline__ void accumulate_group(const Tokens<T, kClip, K>& tokens, const Place<(kRows > 1)>& at,
-                                                   const unsigned (&live)[K]) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      Pack<T> losses = {};
-      const uint32_t valid = tokens.valid[k];
-      Pack<T> w = {};
-      if constexpr (kWeighted) w = load_weights<T>(p, at, k, live[k], plan.access);
-      sums.tokens += valid;
-      sums.seen |= valid;
-      if (!kWeighted && __all_sync(kAllLanes, valid == kAllValid)) {
-        losses = accumulate<kClip, kWeighted, true>(sums, tokens.values[k], tokens.old_values[k], tokens.returns[k], w, valid, low, high);
-      } else if (__any_sync(kAllLanes, valid != 0)) {
-        losses = accumulate<kClip, kWeighted, false>(sums, tokens.values[k], tokens.old_values[k], tokens.returns[k], w, valid, low, high);
-      }
-      if (p.reduction == Reduction::kNone) {
-        Output x = p.tokens;
-        x.dtype = accumulation_dtype<T>;
-        const Place<(kRows > 1)> rare = at.rare();
-        store4(x, rare.offset(x, k), rare.element_stride(x), losses, live[k], (plan.access.native & kOutputBit) != 0);
-      }
+  __device__ __forceinline__ void masked_pack(const Packs& tokens, int k, uint32_t valid, const Pack<T>& weights) {
+    if (__all_sync(kAllLanes, valid == 0)) return;
+    if (!sums.centred) choose_centre(tokens.values[k], tokens.returns[k], valid);
+    sums.valid_bytes += valid;
+    sums.seen |= valid;
+    if (!kWeighted && __all_sync(kAllLanes, valid == kAllValid)) {
+      accumulate_pack<false, true>(tokens, k, valid, weights);
+    } else {
+      accumulate_pack<kWeighted, false>(tokens, k, valid, weights);
     }
   }
 
-  // The first valid token of the first lane that has one, if any has.
+  template <bool kWeighted, bool kAll>
+  __device__ __forceinline__ void accumulate_pack(const Packs& x, int k, uint32_t valid, const Pack<T>& weights) {
+    accumulate<kClip, kWeighted, kAll>(sums, x.values[k], x.old_values[k], x.returns[k], weights, valid, low, high);
+  }
+
+  // kNone: the losses of pack k, computed once more rather than kept.
+  __device__ __forceinline__ void store(const Packs& tokens, const At& at, int k, uint32_t live, uint32_t valid, const Pack<T>& weights) {
+    Pack<T> losses;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const T twice = tokens.loss(k, i, low, high).twice();
+      losses.v[i] = (valid & 1u << (8 * i)) != 0 ? T(0.5) * (weighted ? weights.v[i] * twice : twice) : T(0);
+    }
+    Output x = p.tokens;
+    x.dtype = accumulation_dtype<T>;
+    const At rare = at.rare();
+    store4(x, rare.offset(x, k), rare.element_stride(x), losses, live_bits(live), (plan.access.native & kOutputBit) != 0);
+  }
+
+  __device__ __forceinline__ void centre_on(T value, T ret, int lane) {
+    sums.centre_value = __shfl_sync(kAllLanes, value, lane);
+    sums.centre_return = __shfl_sync(kAllLanes, ret, lane);
+    sums.centred = true;
+  }
+
+  // The first valid token of the first lane that has one.
   __device__ __forceinline__ void choose_centre(const Pack<T>& v, const Pack<T>& ret, uint32_t valid) {
-    const unsigned lanes = __ballot_sync(kAllLanes, valid != 0);
-    if (lanes == 0) return;
     T cv = v.v[kVec - 1], cr = ret.v[kVec - 1];
 #pragma unroll
     for (int i = kVec - 2; i >= 0; --i) {
@@ -429,16 +575,27 @@ struct Walker {
       cv = on ? v.v[i] : cv;
       cr = on ? ret.v[i] : cr;
     }
-    const int source = __ffs(lanes) - 1;
-    sums.centre_value = __shfl_sync(kAllLanes, cv, source);
-    sums.centre_return = __shfl_sync(kAllLanes, cr, source);
-    sums.centred = true;
+    centre_on(cv, cr, __ffs(__ballot_sync(kAllLanes, valid != 0)) - 1);
   }
 
   __device__ __forceinline__ void begin_rows() {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) sums.row_loss[r] = sums.row_weight[r] = T(0);
     sums.seen = 0;
+  }
+
+  // What the warp leaves.
+  __device__ __forceinline__ void leave(WarpPartial<T>& out) {
+    flush();
+    const T negated_min = warp_max(-sums.value_min), max = warp_max(sums.value_max);
+    const uint32_t tokens = warp_sum(sums.tokens), sequences = warp_sum(sums.sequences);
+    const T weight = weighted ? group_sum(sums.settled_weight, kWarp) : static_cast<T>(tokens);
+    const T means = row_means ? group_sum(sums.row_means, kWarp) : T(0);
+    if (lane_id() < kSumSlots) out.slot[lane_id()] = static_cast<T>(total);
+    if (lane_id() == 0) {
+      out.value_min = -negated_min, out.value_max = max, out.centre_value = sums.centre_value, out.centre_return = sums.centre_return;
+      out.weight = weight, out.row_means = means, out.tokens = tokens, out.sequences = sequences;
+    }
   }
 };
 
@@ -447,73 +604,82 @@ __device__ __forceinline__ void clear_tokens(const Output& x, int64_t first, int
   for (int64_t t = first; t < end; t += step) static_cast<T*>(x.data)[t * x.time_stride] = T(0);
 }
 
-// Rows along time: `lanes` lanes of a warp share a row, or a part of one.
-template <typename T, bool kClip>
-__device__ __forceinline__ void walk_rows(Walker<T, kClip, 1>& walker, void* row_partials) {
+// Rows along time: `lanes` lanes of a warp share a row, or a part of one. kStep: all lanes do.
+template <typename T, bool kClip, int kStep>
+__device__ __forceinline__ void walk_rows(Walker<T, kClip, 1, kStep>& walker, RowPartial<T>* row_partials) {
   constexpr int K = kPacks<T>;
   const ValueLossParams& p = walker.p;
   const ForwardPlan& plan = walker.plan;
   const Layout& layout = p.layout;
-  const int lane = lane_id() & (plan.lanes - 1);
-  const int64_t group = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / static_cast<unsigned>(plan.lanes);
-  const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / static_cast<unsigned>(plan.lanes));
-  const unsigned group_lanes = (plan.lanes == kWarp ? kAllLanes : (1u << plan.lanes) - 1) << (lane_id() & ~(plan.lanes - 1));
-  const int pass_tokens = kVec * K * plan.lanes;
+  const bool packed = layout.cu_seqlens != nullptr;
+  const int lanes = kStep != 0 ? kWarp : plan.lanes;
+  const int lane = lane_id() & (lanes - 1);
+  const unsigned group_lanes = (lanes == kWarp ? kAllLanes : (1u << lanes) - 1) << (lane_id() & ~(lanes - 1));
+  const int pass_tokens = kVec * K * lanes;
 
-  for (int64_t round = 0; round < plan.rounds; ++round) {
-    const int64_t item = group + round * groups;
+  // The lanes of a warp go round together, also those whose group has no item left.
+  int64_t item = blockIdx.x * (blockDim.x / static_cast<unsigned>(lanes)) + threadIdx.x / static_cast<unsigned>(lanes);
+  for (; kStep != 0 ? item < plan.items : __any_sync(kAllLanes, item < plan.items); item += plan.groups) {
+    const bool present = kStep != 0 || item < plan.items;
     int64_t row = item;
     int part = 0;
     if (plan.splits > 1) {  // few rows: the item fits 32 bits
       row = static_cast<unsigned>(item) / static_cast<unsigned>(plan.splits);
       part = static_cast<unsigned>(item) % static_cast<unsigned>(plan.splits);
     }
-    const bool present = item < plan.items;
     Segment segment = {0, present ? layout.seq_len : 0};
-    if (layout.cu_seqlens != nullptr && present) segment = load_segment(layout, row);
-    const int lead = plan.phase.lead(layout.cu_seqlens != nullptr ? segment.start : row);
+    if (packed && present) segment = load_segment(layout, row);
+    const int lead = plan.phase.lead(packed ? segment.start : row);
     // Token 0 of the part, on a pack boundary; the live tokens of the part are [first, last).
-    int64_t origin = -lead, part_length = segment.length + lead;
+    int64_t origin = -lead;
+    int first = lead, last = static_cast<int>(segment.length) + lead;
     if (plan.splits > 1) {
       const int64_t share = round_up(ceil_div(segment.length, plan.splits), pass_tokens);
       origin += part * share;
       const int64_t rest = segment.length - origin;
-      part_length = part == plan.splits - 1 || rest < share ? rest : share;
+      first = part == 0 ? lead : 0;
+      last = static_cast<int>(max(part == plan.splits - 1 || rest < share ? rest : share, int64_t{0}));
     }
-    const int first = origin < 0 ? static_cast<int>(-origin) : 0, last = static_cast<int>(part_length > 0 ? part_length : 0);
 
     walker.begin_rows();
-    for (int base = 0; __any_sync(kAllLanes, base < last); base += pass_tokens) {
+    for (int base = 0; __any_sync(kAllLanes, base < last);) {
       const int token = base + kVec * lane;
-      const bool full = base >= first && base + pass_tokens <= last;
-      unsigned live[K];
-#pragma unroll
-      for (int k = 0; k < K; ++k) live[k] = kAllLive;
-      if (!full) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) live[k] = live_elements(token + kVec * k * plan.lanes - first, last - first);
+      const typename Walker<T, kClip, 1, kStep>::At at = {packed ? 0 : row, segment.start + origin + token, kVec * lanes, 0};
+      const int whole = base >= first ? (last - base) / pass_tokens : 0;  // passes that begin here
+      // In double the second copy of the pass would take more registers than there are.
+      if (sizeof(T) == sizeof(float) && plan.access.direct && __all_sync(kAllLanes, whole > 0)) {
+        const int run = kStep != 0 ? whole : 1;  // the other rows of the warp may be shorter
+        walker.direct_passes(at, run);
+        base += run * pass_tokens;
+        continue;
       }
-      const Place<false> at = {layout.cu_seqlens != nullptr ? 0 : row, segment.start + origin + token, kVec * plan.lanes, 0};
-      walker.pass(at, live, full);
+      const bool inner = packed ? segment.start >= kVec && segment.start + segment.length + kVec <= layout.seq_len
+                                : row > 0 && row + 1 < layout.num_seqs;
+      const bool over = ((first | last) & (kVec - 1)) == 0 || (plan.over && inner);
+      uint32_t live[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) live[k] = live_bytes(token + kVec * k * lanes, first, last);
+      walker.pass(at, live, whole > 0 ? Reach::kWhole : over ? Reach::kOver : Reach::kLimited);
+      base += pass_tokens;
     }
     settle(walker.sums, walker.weighted);
-    if (layout.cu_seqlens != nullptr && p.reduction == Reduction::kNone) {
+    if (walker.per_token && packed) {
       // Tokens before the first segment and after the last belong to none, but are written all the same.
-      if (item == 0) clear_tokens<T>(p.tokens, lane, segment.start, plan.lanes);
-      if (item == plan.items - 1) clear_tokens<T>(p.tokens, segment.start + segment.length + lane, layout.seq_len, plan.lanes);
+      if (item == 0) clear_tokens<T>(p.tokens, lane, segment.start, lanes);
+      if (item == plan.items - 1) clear_tokens<T>(p.tokens, segment.start + segment.length + lane, layout.seq_len, lanes);
     }
 
     const bool seen = (__ballot_sync(kAllLanes, walker.sums.seen != 0) & group_lanes) != 0;
     T loss = 0, weight = 0;
-    if (p.reduction == Reduction::kSeqMeanTokenMean) {
-      loss = group_sum(walker.sums.row_loss[0], plan.lanes);
-      weight = group_sum(walker.sums.row_weight[0], plan.lanes);
+    if (walker.row_means) {
+      loss = group_sum(walker.sums.row_loss[0], lanes);
+      weight = group_sum(walker.sums.row_weight[0], lanes);
     }
     if (lane == 0 && present) {
       if (plan.splits > 1) {
-        static_cast<RowPartial<T>*>(row_partials)[item] = {loss, weight, seen ? T(1) : T(0), T(0)};
+        row_partials[item] = {loss, weight, seen ? T(1) : T(0), T(0)};
       } else {
-        end_row(p, row, loss, weight, seen, walker.sums.sum[kSequences], walker.sums.sum[kRowMeans]);
+        end_row(p, row, loss, weight, seen, walker.sums.sequences, walker.sums.row_means);
       }
     }
   }
@@ -521,7 +687,7 @@ __device__ __forceinline__ void walk_rows(Walker<T, kClip, 1>& walker, void* row
 
 // Time-major: a tile is kVec * lanes columns; the other threads of the block take every further time step.
 template <typename T, bool kClip>
-__device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec>& walker, void* row_partials) {
+__device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec, 0>& walker, RowPartial<T>* row_partials) {
   constexpr int K = kPacks<T, kVec>;
   constexpr int kTile = kVec * kWarp, kWarps = Geometry::kMaxThreads / kWarp;
   __shared__ T tile_loss[kWarps][kTile], tile_weight[kWarps][kTile];
@@ -541,20 +707,23 @@ __device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec>& walker, voi
     const int part = static_cast<int>(item % plan.splits);
     const int64_t share = ceil_div(steps, plan.splits), start = part * share;
     const int64_t stop = start + share < steps ? start + share : steps;
-    unsigned live_columns = 0;
+    uint32_t live_columns = 0;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) live_columns |= column + my_column + i * column_step < columns ? 1u << i : 0u;
+    for (int i = 0; i < kVec; ++i) live_columns |= column + my_column + i * column_step < columns ? 1u << (8 * i) : 0u;
 
     walker.begin_rows();
-    for (int64_t base = start; base < stop; base += K * time_lanes) {
-      unsigned live[K];
-      bool full = true;
+    const bool whole_tile = plan.access.direct && column + tile <= columns && stop > start;
+    const int direct = whole_tile ? static_cast<int>((stop - start) / (K * time_lanes)) : 0;
+    walker.direct_passes({column + my_column, start + time_lane, time_lanes, column_step}, direct);
+    for (int64_t base = start + static_cast<int64_t>(direct) * (K * time_lanes); base < stop; base += K * time_lanes) {
+      uint32_t live[K];
+      bool whole = true;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         live[k] = base + time_lane + k * time_lanes < stop ? live_columns : 0u;
-        full = full && live[k] == kAllLive;
+        whole = whole && live[k] == kAllValid;
       }
-      walker.pass({column + my_column, base + time_lane, time_lanes, column_step}, live, full);
+      walker.pass({column + my_column, base + time_lane, time_lanes, column_step}, live, whole ? Reach::kWhole : Reach::kLimited);
     }
     settle(walker.sums, walker.weighted);
 
@@ -583,37 +752,37 @@ __device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec>& walker, voi
         seen = seen || tile_seen[warp][c] != 0;
       }
       if (plan.splits > 1) {
-        static_cast<RowPartial<T>*>(row_partials)[(column + c) * plan.splits + part] = {loss, weight, seen ? T(1) : T(0), T(0)};
+        row_partials[(column + c) * plan.splits + part] = {loss, weight, seen ? T(1) : T(0), T(0)};
       } else {
-        end_row(p, column + c, loss, weight, seen, walker.sums.sum[kSequences], walker.sums.sum[kRowMeans]);
+        end_row(p, column + c, loss, weight, seen, walker.sums.sequences, walker.sums.row_means);
       }
     }
     __syncthreads();
   }
 }
 
-struct FinishStorage {
-  double warp[Geometry::kMaxThreads / kWarp][kMaxSlots];
-  double stripe[Geometry::kMaxThreads / kMaxSlots][kMaxSlots];
-  double rows[Geometry::kMaxThreads / kWarp][2];
-};
+// --- finish ------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ double combine(int slot, double a, double b) {
-  return slot >= kNumSums ? (b > a ? b : a) : a + b;  // -min and max, or sums
-}
-__device__ __forceinline__ double neutral(int slot) { return slot >= kNumSums ? -INFINITY : 0.0; }
+// The sums over all tokens: the additive moments under their own index, and one more.
+constexpr int kRowMeans = kValueMin;  // shares no storage with the min, which is no sum
+constexpr int kNumSums = kRowMeans + 1;
+static_assert(kNumSums <= 2 * kSumSlots && kSequences + 1 == kRowMeans, "additive moments first");
+
+struct FinishStorage {
+  double sum[Geometry::kMaxThreads / kWarp][2 * kSumSlots];
+  double value_min[Geometry::kMaxThreads / kWarp], value_max[Geometry::kMaxThreads / kWarp];
+};
 
 // Rows that were split: a group of lanes merges the parts of one row, lane by lane, then across the group.
 template <typename T>
-__device__ __forceinline__ void finish_rows(const ValueLossParams& p, const ForwardPlan& plan, const void* row_partials,
-                                            FinishStorage& storage) {
-  const RowPartial<T>* partials = static_cast<const RowPartial<T>*>(row_partials);
+__device__ __forceinline__ void finish_rows(const ValueLossParams& p, const ForwardPlan& plan, const RowPartial<T>* partials,
+                                            double (&sum)[2 * kSumSlots]) {
   int lanes = 1;
   while (lanes < plan.splits && lanes < kWarp) lanes *= 2;
   const int lane = lane_id() & (lanes - 1);
   const int64_t rows = p.layout.num_seqs, groups = static_cast<int>(blockDim.x) / lanes;
   const bool sums_needed = p.reduction == Reduction::kSeqMeanTokenMean;
-  double sequences = 0, row_means = 0;
+  uint32_t sequences = 0;
   for (int64_t base = 0; base < rows; base += groups) {
     const int64_t row = base + static_cast<int>(threadIdx.x) / lanes;
     double loss = 0, weight = 0, seen = 0;
@@ -627,59 +796,78 @@ __device__ __forceinline__ void finish_rows(const ValueLossParams& p, const Forw
     }
     seen = group_sum(seen, lanes);
     if (sums_needed) loss = group_sum(loss, lanes), weight = group_sum(weight, lanes);
-    if (lane == 0 && row < rows) end_row(p, row, loss, weight, seen > 0, sequences, row_means);
+    if (lane == 0 && row < rows) end_row(p, row, loss, weight, seen > 0, sequences, sum[kRowMeans]);
   }
-  sequences = group_sum(sequences, kWarp);
-  row_means = group_sum(row_means, kWarp);
-  if (lane_id() == 0) {
-    storage.rows[threadIdx.x / kWarp][0] = sequences;
-    storage.rows[threadIdx.x / kWarp][1] = row_means;
-  }
+  sum[kSequences] += sequences;
 }
 
-// Every block leaves its partial; the last one combines them in index order and writes moments, loss and residuals.
-template <typename T, bool kClip, int kRows>
-__device__ __forceinline__ void finish(Walker<T, kClip, kRows>& walker, const Scratch& scratch) {
+template <typename T>
+__device__ __forceinline__ WarpPartial<T> load_partial(const WarpPartial<T>* at) {
+  static_assert(sizeof(WarpPartial<T>) % sizeof(uint4) == 0, "read in whole vectors");
+  WarpPartial<T> x;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(x) / sizeof(uint4)); ++i) {
+    reinterpret_cast<uint4*>(&x)[i] = __ldcg(reinterpret_cast<const uint4*>(at) + i);
+  }
+  return x;
+}
+
+// Moments about 0 from sums about a centre.
+__device__ __forceinline__ void add_uncentred(double& sum, double& sum_sq, double weight, double centre, double first, double second) {
+  const double uncentred = first + weight * centre;
+  sum += uncentred;
+  sum_sq += second + centre * (first + uncentred);
+}
+
+// Every warp leaves its partial; the block that finishes last combines them in a fixed order and writes moments, loss and residuals.
+// warp_scratch: for warp_sum_slots of double.
+template <typename T, bool kClip, int kRows, int kStep>
+__device__ __forceinline__ void finish(Walker<T, kClip, kRows, kStep>& walker, const Scratch<T>& scratch, double* warp_scratch) {
   __shared__ FinishStorage storage;
   const ValueLossParams& p = walker.p;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
-  flush(walker.sums, walker.total, walker.weighted);
-  const double negated_min = warp_max(-walker.sums.value_min), max = warp_max(walker.sums.value_max);
-  if (lane_id() % 2 == 0) {
-    const int slot = lane_slot();
-    storage.warp[warp][slot] = slot == kPartialMin ? negated_min : slot == kPartialMax ? max : slot < kNumSums ? walker.total : 0.0;
-  }
-  __syncthreads();
-  if (threadIdx.x < kMaxSlots) {
-    const int slot = static_cast<int>(threadIdx.x);
-    double x = storage.warp[0][slot];
-    for (int w = 1; w < warps; ++w) x = combine(slot, x, storage.warp[w][slot]);
-    scratch.blocks[blockIdx.x].sum[slot] = x;
-  }
+  walker.leave(scratch.warps[static_cast<int>(blockIdx.x) * warps + warp]);
   if (!is_last_block(scratch.ticket)) return;
 
-  const int slot = static_cast<int>(threadIdx.x) % kMaxSlots, stripe = static_cast<int>(threadIdx.x) / kMaxSlots;
-  const int stripes = static_cast<int>(blockDim.x) / kMaxSlots;
-  double x = neutral(slot);
-#pragma unroll 8
-  for (int b = stripe; b < static_cast<int>(gridDim.x); b += stripes) x = combine(slot, x, __ldcg(&scratch.blocks[b].sum[slot]));
-  storage.stripe[stripe][slot] = x;
-  if (walker.plan.splits > 1) finish_rows<T>(p, walker.plan, scratch.rows, storage);
-  __syncthreads();
-  if (threadIdx.x < kMaxSlots) {
-    for (int i = 1; i < stripes; ++i) x = combine(slot, x, storage.stripe[i][slot]);
-    if (walker.plan.splits > 1 && (slot == kSequences || slot == kRowMeans)) {
-      for (int w = 0; w < warps; ++w) x += storage.rows[w][slot == kRowMeans];
-    }
-    storage.warp[0][slot] = x;
-    if (slot <= kSequences) p.stats[slot] = x;
-    if (slot == kPartialMin) p.stats[kValueMin] = -x;
-    if (slot == kPartialMax) p.stats[kValueMax] = x;
+  double sum[2 * kSumSlots] = {}, value_min = INFINITY, value_max = -INFINITY;
+#pragma unroll 1  // partials in flight would cost the whole kernel registers
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(gridDim.x) * warps; i += static_cast<int>(blockDim.x)) {
+    const WarpPartial<T> x = load_partial(scratch.warps + i);
+    const double weight = x.weight, centre_value = x.centre_value, centre_return = x.centre_return;
+    const double value = x.slot[kValueSlot], ret = x.slot[kReturnSlot];
+    sum[kTokens] += x.tokens, sum[kWeight] += weight, sum[kSequences] += x.sequences, sum[kRowMeans] += x.row_means;
+    sum[kLoss] += x.slot[kLossSlot], sum[kClipped] += x.slot[kClippedSlot], sum[kOutside] += x.slot[kOutsideSlot];
+    add_uncentred(sum[kValue], sum[kValueSq], weight, centre_value, value, x.slot[kValueSqSlot]);
+    add_uncentred(sum[kReturn], sum[kReturnSq], weight, centre_return, ret, x.slot[kReturnSqSlot]);
+    add_uncentred(sum[kError], sum[kErrorSq], weight, centre_return - centre_value, ret - value, x.slot[kErrorSqSlot]);
+    value_min = fmin(value_min, static_cast<double>(x.value_min)), value_max = fmax(value_max, static_cast<double>(x.value_max));
   }
+  if (walker.plan.splits > 1) finish_rows(p, walker.plan, scratch.rows, sum);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    double slots[kSumSlots];
+#pragma unroll
+    for (int i = 0; i < kSumSlots; ++i) slots[i] = sum[half * kSumSlots + i];
+    const double x = warp_sum_slots(slots, warp_scratch);
+    if (lane_id() < kSumSlots) storage.sum[warp][half * kSumSlots + lane_id()] = x;
+  }
+  value_min = -warp_max(-value_min), value_max = warp_max(value_max);
+  if (lane_id() == 0) storage.value_min[warp] = value_min, storage.value_max[warp] = value_max;
   __syncthreads();
   if (threadIdx.x != 0) return;
 
-  const double* sum = storage.warp[0];
+  for (int w = 1; w < warps; ++w) {
+    value_min = fmin(value_min, storage.value_min[w]), value_max = fmax(value_max, storage.value_max[w]);
+  }
+  for (int i = 0; i < kNumSums; ++i) {
+    sum[i] = storage.sum[0][i];
+    for (int w = 1; w < warps; ++w) sum[i] += storage.sum[w][i];
+  }
+  sum[kLoss] *= 0.5;
+  for (int i = 0; i <= kSequences; ++i) p.stats[i] = sum[i];
+  p.stats[kValueMin] = value_min;
+  p.stats[kValueMax] = value_max;
+
   double numerator = sum[kLoss], denominator = 1, factor = p.factor;
   switch (p.reduction) {
     case Reduction::kTokenMean: denominator = p.has_count ? load_number(p.count) : sum[kWeight]; break;
@@ -696,18 +884,27 @@ __device__ __forceinline__ void finish(Walker<T, kClip, kRows>& walker, const Sc
   p.residuals[kClipHigh] = walker.high;
 }
 
+// How threads go through the tokens.
+enum class Walk {
+  kLongRows,   // 32 lanes per row; in float only, where the loads it saves are worth a kernel
+  kShortRows,  // rows along time, any number of lanes
+  kColumns,    // threads across sequences
+};
+
 // Without clipping old_values are not read: less traffic and fewer registers, hence a template argument.
-// The bounds: see Geometry::kMaxThreads; in double the sums alone take half of the registers that three blocks would leave.
-template <typename T, bool kClip, bool kColumns>
-__global__ void __launch_bounds__(Geometry::kMaxThreads, sizeof(T) == sizeof(float) ? 3 : 2)
-value_loss_kernel(const ValueLossParams p, const ForwardPlan plan, const Scratch scratch) {
-  Walker<T, kClip, kColumns ? kVec : 1> walker(p, plan);
-  if constexpr (kColumns) {
+template <typename T, bool kClip, Walk kWalk>
+__global__ void __launch_bounds__(Geometry::kMaxThreads, 2)
+value_loss_kernel(const ValueLossParams p, const ForwardPlan plan, const Scratch<T> scratch) {
+  __shared__ __align__(16) double scratch_of_warp[Geometry::kMaxThreads / kWarp][kSlotScratch<double>];
+  double* warp_scratch = scratch_of_warp[threadIdx.x / kWarp];
+  constexpr int kRows = kWalk == Walk::kColumns ? kVec : 1, kStep = kWalk == Walk::kLongRows ? kVec * kWarp : 0;
+  Walker<T, kClip, kRows, kStep> walker(p, plan, reinterpret_cast<T*>(warp_scratch));
+  if constexpr (kWalk == Walk::kColumns) {
     walk_columns(walker, scratch.rows);
   } else {
     walk_rows(walker, scratch.rows);
   }
-  finish(walker, scratch);
+  finish(walker, scratch, warp_scratch);
 }
 
 // --- host: plans -------------------------------------------------------------------------------------------------------------
@@ -758,6 +955,11 @@ Access access_to(const Lines (&all)[N], unsigned aligned) {
     const bool half = x.dtype == DType::kBFloat16 || x.dtype == DType::kFloat16;
     if (half && x.bit != kMaskBit && sizeof(T) == sizeof(float)) access.half |= x.bit;
   }
+  access.direct = true;
+  for (const Lines& x : all) {
+    const bool input = x.data != nullptr && x.bit != kOutputBit && x.bit != kGradBit;
+    access.direct = access.direct && (!input || (access.native & x.bit) != 0);
+  }
   return access;
 }
 
@@ -794,6 +996,8 @@ ForwardPlan plan_forward(const ValueLossParams& p) {
     return plan;
   }
   plan.access = access_to<T>(all, align(all, plan.phase));
+  plan.over = true;
+  for (const Lines& x : all) plan.over = plan.over && (x.data == nullptr || packed || x.row_stride >= kVec);
   const int64_t row_packs = ceil_div(packed ? ceil_div(l.seq_len, l.num_seqs) : l.seq_len, kVec);
   plan.lanes = pow2_ceil(std::max(ceil_div(row_packs, kPacks<T>), std::min<int64_t>(row_packs, Geometry::kMinLanes)), kWarp);
   const int64_t rows_per_warp = kWarp / plan.lanes;
@@ -806,18 +1010,21 @@ ForwardPlan plan_forward(const ValueLossParams& p) {
   plan.items = l.num_seqs * plan.splits;
   const int64_t warps = std::min(std::max<int64_t>(warps_wanted, plan.splits > 1 ? plan.items : 1), ceil_div(plan.items, rows_per_warp));
   plan.threads = std::max(Geometry::kMinThreads, pow2_ceil(warps * kWarp / Geometry::kManyBlocks, Geometry::kMaxThreads));
-  const int64_t block_groups = plan.threads / plan.lanes;
   plan.blocks = static_cast<int>(ceil_div(warps * kWarp, plan.threads));
-  plan.rounds = ceil_div(plan.items, plan.blocks * block_groups);
+  plan.groups = static_cast<int64_t>(plan.blocks) * (plan.threads / plan.lanes);
   return plan;
 }
 
 template <typename T, bool kClip>
-void launch_forward(const ValueLossParams& p, const ForwardPlan& plan, const Scratch& scratch, cudaStream_t stream) {
+void launch_forward(const ValueLossParams& p, const ForwardPlan& plan, const Scratch<T>& scratch, cudaStream_t stream) {
   if (plan.columns) {
-    value_loss_kernel<T, kClip, true><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
+    value_loss_kernel<T, kClip, Walk::kColumns><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
+  } else if (sizeof(T) == sizeof(float) && plan.lanes == kWarp) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      value_loss_kernel<T, kClip, Walk::kLongRows><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
+    }
   } else {
-    value_loss_kernel<T, kClip, false><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
+    value_loss_kernel<T, kClip, Walk::kShortRows><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
   }
 }
 
@@ -827,14 +1034,18 @@ template <typename T>
 int64_t value_loss_workspace(const ValueLossParams& p) {
   const ForwardPlan plan = plan_forward<T>(p);
   const int64_t rows = plan.splits > 1 ? p.layout.num_seqs * plan.splits : 0;
-  return kScratchAlign + plan.blocks * static_cast<int64_t>(sizeof(BlockPartial)) + rows * static_cast<int64_t>(sizeof(RowPartial<T>));
+  return kScratchAlign + num_warps(plan) * static_cast<int64_t>(sizeof(WarpPartial<T>)) +
+         rows * static_cast<int64_t>(sizeof(RowPartial<T>));
 }
 
 template <typename T>
 void launch_value_loss(const ValueLossParams& p, void* workspace, cudaStream_t stream) {
   const ForwardPlan plan = plan_forward<T>(p);
-  const Scratch scratch = carve(workspace, plan);
-  cudaMemsetAsync(scratch.ticket, 0, sizeof(*scratch.ticket), stream);
+  const Scratch<T> scratch = carve<T>(workspace, plan);
+  // The ticket is cleared before every launch, since memory fresh from the allocator holds anything. A counter that the last block resets
+  // would have to outlive the call: then launches on two streams, or replays of graphs that captured it, would count each other's blocks.
+  // One block needs no ticket.
+  if (plan.blocks > 1) cudaMemsetAsync(scratch.ticket, 0, sizeof(*scratch.ticket), stream);
   if (p.clip) {
     launch_forward<T, true>(p, plan, scratch, stream);
   } else {
@@ -857,6 +1068,7 @@ struct BackwardPlan {
   int64_t parts = 0;             // passes that a row takes
   bool across_seqs = false;      // packs lie across sequences, rows are time steps
   bool flat = false;             // all tensors are dense in one order: one row
+  bool plain = false;            // plain tensors, and one factor for all tokens of a row
   Access access;
   PackPhase phase;
 };
@@ -890,30 +1102,50 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
   const int64_t base = part * K * pack_step - plan.phase.lead(row);
   const int64_t first = base + kVec * lane;
   const bool full = base >= 0 && base + K * pack_step <= plan.length;
-  unsigned live[K];
-#pragma unroll
-  for (int k = 0; k < K; ++k) live[k] = full ? kAllLive : live_elements<int64_t>(first + k * pack_step, plan.length);
-
-  const Place<false> at = {row, first, pack_step, 0};
   const bool one_grad = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0;
-  Pack<T> grad[K] = {};
-  if (!one_grad) issue(grad, p.grad_loss, at, live, full, plan.access, kGradBit);
-  const Tokens<T, kClip, K> tokens(p, at, live, full, plan.access);
-
+  const T low = kClip ? static_cast<T>(p.residuals[kClipLow]) : T(0), high = kClip ? static_cast<T>(p.residuals[kClipHigh]) : T(0);
   double scale = p.residuals[kScale];
   if (one_grad) scale *= load<double>(p.grad_loss.data, p.grad_loss.dtype, 0);
   if (p.seq_scale && !packed && !plan.across_seqs) scale *= p.residuals[kSeqScale + row];
-  const T low = kClip ? static_cast<T>(p.residuals[kClipLow]) : T(0), high = kClip ? static_cast<T>(p.residuals[kClipHigh]) : T(0);
   const T row_scale = static_cast<T>(scale);
+
+  const Place<false> at = {row, first, pack_step, 0};
+  Tokens<T, kClip, K> tokens;
+  if (full && plan.plain) {
+    tokens.load(Cursor<T, kClip>(p, at));
+    const bool has_mask = p.mask.data != nullptr;
+    T* out = static_cast<T*>(p.grad_values.data) + at.vector_offset(p.grad_values);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      Pack<T> grad;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) grad.v[i] = row_scale * tokens.loss(k, i, low, high).grad();
+      if (has_mask) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) grad.v[i] = (tokens.mask[k] & 0xffu << (8 * i)) != 0 ? grad.v[i] : T(0);
+      }
+      store_vector(out + k * pack_step, grad);
+    }
+    return;
+  }
+
+  uint32_t live[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) live[k] = full ? kAllValid : live_bytes<int64_t>(first + k * pack_step, 0, plan.length);
+  const Reach reach = full ? Reach::kWhole : Reach::kLimited;
+  Pack<T> grad[K] = {};
+  if (!one_grad) issue(grad, p.grad_loss, at, live, reach, plan.access, kGradBit);
+  tokens.load(p, at, live, reach, plan.access);
+  const bool weighted = is_weighted(p.mask);
   const int64_t segments_begin = packed ? segment_bound(layout, 0) : 0, segments_end = packed ? segment_bound(layout, layout.num_seqs) : 0;
 
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    uint32_t valid = tokens.valid[k];
+    uint32_t valid = tokens.valid(k, live[k]);
     Pack<T> factor, out;  // d(sum of grad_loss * loss) / d(l)
 #pragma unroll
     for (int i = 0; i < kVec; ++i) factor.v[i] = one_grad ? row_scale : row_scale * grad[k].v[i];
-    if (tokens.weighted) {
+    if (weighted) {
       const Pack<T> weights = load_weights<T>(p, at, k, live[k], plan.access);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) factor.v[i] *= weights.v[i];
@@ -931,12 +1163,10 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const T v = tokens.values[k].v[i], ret = tokens.returns[k].v[i];
-      const TokenLoss<T> loss = kClip ? clipped_value_loss(v, tokens.old_values[k].v[i], ret, low, high) : plain_value_loss(v, ret);
-      out.v[i] = (valid & 1u << (8 * i)) != 0 ? factor.v[i] * loss.grad : T(0);
+      out.v[i] = (valid & 1u << (8 * i)) != 0 ? factor.v[i] * tokens.loss(k, i, low, high).grad() : T(0);
     }
     const Output& x = p.grad_values;
-    store4(x, at.offset(x, k), out, live[k], (plan.access.aligned & kOutputBit) != 0);
+    store4(x, at.offset(x, k), out, live_bits(live[k]), (plan.access.aligned & kOutputBit) != 0);
   }
 }
 
@@ -970,6 +1200,9 @@ BackwardPlan plan_backward(ValueLossBackwardParams& p) {
   for (const Lines& x : all) flat = flat && flattens(x, plan.length);
   if (flat) plan.length *= plan.rows, plan.rows = 1;
   plan.access = access_to<T>(all, align(all, plan.phase));
+  const bool one_grad = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0;
+  plan.plain = plan.access.direct && (plan.access.native & kOutputBit) != 0 && one_grad &&
+               !packed && !(p.seq_scale && plan.across_seqs);
   const int64_t row_packs = ceil_div(plan.length, kVec);
   plan.lanes = pow2_ceil(std::max(ceil_div(row_packs, kPacks<T>), std::min<int64_t>(row_packs, Geometry::kMinLanes)), kWarp);
   const int64_t max_lead = (plan.rows == 1 || plan.phase.row_stride == 0) ? plan.phase.lead(0) : kVec - 1;

@@ -5,36 +5,57 @@
 
 namespace fused_critic {
 
+// The greater and the lesser of two numbers, NaN if one of them is.
+template <typename T>
+FUSED_CRITIC_HD T max_or_nan(T a, T b) { return a > b || a != a ? a : b; }
+template <typename T>
+FUSED_CRITIC_HD T min_or_nan(T a, T b) { return a < b || a != a ? a : b; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+FUSED_CRITIC_HD float max_or_nan(float a, float b) {
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+template <>
+FUSED_CRITIC_HD float min_or_nan(float a, float b) {
+  float x;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+#endif
+
 // l = 0.5 max((v - R)^2, (vc - R)^2) with vc = min(max(v, old + low), old + high), evaluated in the accumulation type T.
-// A NaN among v, old, R makes both loss and gradient NaN.
+// A NaN among v, old, R makes `clipped` NaN, hence both loss and gradient. Without clipping vc is v.
 template <typename T>
 struct TokenLoss {
-  T loss;
-  T grad;        // d loss / d v: v - R, or 0 where the clipped branch is strictly greater; at a tie the whole v - R, never a half
-  bool clipped;  // the clipped branch is strictly greater
-  bool outside;  // v is outside of [old + low, old + high]
+  T d;                   // v - R
+  T vc;                  // inside the range v itself, bit for bit
+  T unclipped, clipped;  // (v - R)^2 and (vc - R)^2
+
+  FUSED_CRITIC_HD T twice() const { return max_or_nan(unclipped, clipped); }
+  // d l / d v: v - R, or 0 where the clipped branch is strictly greater; at a tie the whole v - R, never a half.
+  FUSED_CRITIC_HD T grad() const {
+    const T g = clipped > unclipped ? T(0) : d;
+    return vc != vc ? vc : g;
+  }
 };
 
 template <typename T>
 FUSED_CRITIC_HD TokenLoss<T> clipped_value_loss(T v, T old, T ret, T low, T high) {
-  const T lo = old + low, hi = old + high;
-  const T vc = v < lo ? lo : (v > hi ? hi : v);  // inside the range v itself, bit for bit
-  const T d = v - ret, dc = vc - ret;
-  const T unclipped = T(0.5) * d * d, clipped = T(0.5) * dc * dc;
-  TokenLoss<T> out;
-  out.clipped = clipped > unclipped;
-  out.outside = v < lo || v > hi;
-  // A NaN in v or R shows in d, one in old only in the bounds: (lo + hi) * 0 carries it into the result.
-  const T nan_of_old = (lo != lo) ? lo : T(0);
-  out.loss = (out.clipped ? clipped : unclipped) + nan_of_old;
-  out.grad = (out.clipped ? T(0) : d) + nan_of_old;
-  return out;
+  TokenLoss<T> x;
+  x.d = v - ret;
+  x.vc = min_or_nan(max_or_nan(v, old + low), old + high);
+  const T dc = x.vc - ret;
+  x.unclipped = x.d * x.d;
+  x.clipped = dc * dc;
+  return x;
 }
 
 template <typename T>
 FUSED_CRITIC_HD TokenLoss<T> plain_value_loss(T v, T ret) {
   const T d = v - ret;
-  return {T(0.5) * d * d, d, false, false};
+  return {d, v, d * d, d * d};
 }
 
 }  // namespace fused_critic
