@@ -859,11 +859,13 @@ __device__ __forceinline__ void finish(Walker<T, kClip, kRows, kStep>& walker, c
   for (int w = 1; w < warps; ++w) {
     value_min = fmin(value_min, storage.value_min[w]), value_max = fmax(value_max, storage.value_max[w]);
   }
+#pragma unroll
   for (int i = 0; i < kNumSums; ++i) {
     sum[i] = storage.sum[0][i];
     for (int w = 1; w < warps; ++w) sum[i] += storage.sum[w][i];
   }
   sum[kLoss] *= 0.5;
+#pragma unroll
   for (int i = 0; i <= kSequences; ++i) p.stats[i] = sum[i];
   p.stats[kValueMin] = value_min;
   p.stats[kValueMax] = value_max;
