@@ -28,7 +28,7 @@ struct Geometry {
   static constexpr int kMinLanes = 8;            // a group's mask bytes fill a 32-byte sector
   static constexpr int kFlushPasses = 8;         // sums stay in T for this many passes (128 tokens per lane of float), then go to double
   static constexpr int64_t kMaxPart = 1 << 30;   // positions inside a part are int
-  static constexpr int kBackwardThreads = 128;   // one pass per warp; small blocks balance best
+  static constexpr int kBackwardThreads = 128;   // one pass per warp; small blocks balance best, four per multiprocessor: 128 registers
 };
 static_assert(Geometry::kMaxThreads % kWarp == 0 && Geometry::kMinThreads % kWarp == 0, "whole warps");
 
@@ -53,13 +53,18 @@ inline int pow2_ceil(int64_t x, int limit) {
 // that squares in T keep their digits; the error's own sum follows from the other two.
 enum Slot { kLossSlot, kClippedSlot, kOutsideSlot, kValueSlot, kValueSqSlot, kReturnSlot, kReturnSqSlot, kErrorSqSlot };
 
+// A count as the bits of a T, so that a partial consists of T alone.
+__device__ __forceinline__ void put_count(float& x, uint32_t n) { x = __uint_as_float(n); }
+__device__ __forceinline__ void put_count(double& x, uint32_t n) { x = __hiloint2double(0, static_cast<int>(n)); }
+__device__ __forceinline__ uint32_t get_count(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint32_t get_count(double x) { return static_cast<uint32_t>(__double2loint(x)); }
+
 // What a warp leaves for the finish; the loss without its factor 0.5.
 template <typename T>
-struct alignas(16) WarpPartial {
+struct alignas(4 * sizeof(T)) WarpPartial {
   T slot[kSumSlots];
   T value_min, value_max, centre_value, centre_return;
-  T weight, row_means;  // row_means: sum over rows of row loss / row weight
-  uint32_t tokens, sequences;
+  T weight, row_means, tokens, sequences;  // row_means: sum over rows of row loss / row weight; the last two by put_count
 };
 
 // What one part of a row that is split over warps or blocks leaves for the finish: one 16-byte access for float.
@@ -67,6 +72,9 @@ template <typename T>
 struct alignas(4 * sizeof(T)) RowPartial {
   T loss, weight, seen, unused;
 };
+
+// Instead, where only the number of rows with a valid token is wanted, a part of a tile of columns leaves a bit per column.
+constexpr int kSeenWords = kVec;  // of 32 columns each
 
 // Sums of one thread. kRows: rows that a thread works on at a time (1 along time, kVec across sequences).
 template <typename T, int kRows>
@@ -427,7 +435,7 @@ template <typename T>
 struct Scratch {
   unsigned* ticket;
   WarpPartial<T>* warps;
-  RowPartial<T>* rows;  // [row * splits + split], splits > 1 only
+  RowPartial<T>* rows;  // splits > 1 only: [row * splits + split]; or words of bits, [item * kSeenWords + word]
 };
 constexpr int64_t kScratchAlign = 256;
 
@@ -592,10 +600,13 @@ struct Walker {
     const T weight = weighted ? group_sum(sums.settled_weight, kWarp) : static_cast<T>(tokens);
     const T means = row_means ? group_sum(sums.row_means, kWarp) : T(0);
     if (lane_id() < kSumSlots) out.slot[lane_id()] = static_cast<T>(total);
-    if (lane_id() == 0) {
-      out.value_min = -negated_min, out.value_max = max, out.centre_value = sums.centre_value, out.centre_return = sums.centre_return;
-      out.weight = weight, out.row_means = means, out.tokens = tokens, out.sequences = sequences;
+    // The rest by two lanes, as neighbouring vectors: one store.
+    Pack<T> rest = {{-negated_min, max, sums.centre_value, sums.centre_return}};
+    if (lane_id() == 1) {
+      rest.v[0] = weight, rest.v[1] = means;
+      put_count(rest.v[2], tokens), put_count(rest.v[3], sequences);
     }
+    if (lane_id() < 2) store_vector(&out.value_min + kVec * lane_id(), rest);
   }
 };
 
@@ -743,19 +754,25 @@ __device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec, 0>& walker, 
       }
     }
     __syncthreads();
-    for (int c = static_cast<int>(threadIdx.x); c < tile && column + c < columns; c += static_cast<int>(blockDim.x)) {
-      T loss = 0, weight = 0;
-      bool seen = false;
+    static_assert(kTile <= Geometry::kMaxThreads, "a thread per column of a tile");
+    const int c = static_cast<int>(threadIdx.x);
+    const bool mine = c < tile && column + c < columns;
+    T loss = 0, weight = 0;
+    bool seen = false;
+    if (mine) {
       for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
         loss += tile_loss[warp][c];
         weight += tile_weight[warp][c];
         seen = seen || tile_seen[warp][c] != 0;
       }
-      if (plan.splits > 1) {
-        row_partials[(column + c) * plan.splits + part] = {loss, weight, seen ? T(1) : T(0), T(0)};
-      } else {
-        end_row(p, column + c, loss, weight, seen, walker.sums.sequences, walker.sums.row_means);
-      }
+    }
+    if (plan.splits > 1 && !walker.row_means) {
+      const uint32_t bits = __ballot_sync(kAllLanes, seen);
+      if (c < tile && lane_id() == 0) reinterpret_cast<uint32_t*>(row_partials)[item * kSeenWords + c / kWarp] = bits;
+    } else if (plan.splits > 1) {
+      if (mine) row_partials[(column + c) * plan.splits + part] = {loss, weight, seen ? T(1) : T(0), T(0)};
+    } else if (mine) {
+      end_row(p, column + c, loss, weight, seen, walker.sums.sequences, walker.sums.row_means);
     }
     __syncthreads();
   }
@@ -772,6 +789,28 @@ struct FinishStorage {
   double sum[Geometry::kMaxThreads / kWarp][2 * kSumSlots];
   double value_min[Geometry::kMaxThreads / kWarp], value_max[Geometry::kMaxThreads / kWarp];
 };
+
+// Tiles of columns that were split and left bits: a group of lanes merges the parts of one word.
+__device__ __forceinline__ uint32_t count_columns(const ForwardPlan& plan, const uint32_t* words) {
+  int lanes = 1;
+  while (lanes < plan.splits && lanes < kWarp) lanes *= 2;
+  const int lane = lane_id() & (lanes - 1), used = static_cast<int>(ceil_div(kVec * plan.lanes, kWarp));
+  const int64_t count = plan.items / plan.splits * used;
+  uint32_t sequences = 0;
+  for (int64_t base = 0; base < count; base += static_cast<int>(blockDim.x) / lanes) {
+    const int64_t i = base + static_cast<int>(threadIdx.x) / lanes, tile = i / used;
+    uint32_t bits = 0;
+    if (i < count) {
+#pragma unroll 4
+      for (int part = lane; part < plan.splits; part += lanes) {
+        bits |= __ldcg(words + (tile * plan.splits + part) * kSeenWords + (i - tile * used));
+      }
+    }
+    for (int o = lanes / 2; o > 0; o /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, o);
+    if (lane == 0) sequences += __popc(bits);
+  }
+  return sequences;
+}
 
 // Rows that were split: a group of lanes merges the parts of one row, lane by lane, then across the group.
 template <typename T>
@@ -835,14 +874,21 @@ __device__ __forceinline__ void finish(Walker<T, kClip, kRows, kStep>& walker, c
     const WarpPartial<T> x = load_partial(scratch.warps + i);
     const double weight = x.weight, centre_value = x.centre_value, centre_return = x.centre_return;
     const double value = x.slot[kValueSlot], ret = x.slot[kReturnSlot];
-    sum[kTokens] += x.tokens, sum[kWeight] += weight, sum[kSequences] += x.sequences, sum[kRowMeans] += x.row_means;
+    sum[kTokens] += get_count(x.tokens), sum[kWeight] += weight;
+    sum[kSequences] += get_count(x.sequences), sum[kRowMeans] += x.row_means;
     sum[kLoss] += x.slot[kLossSlot], sum[kClipped] += x.slot[kClippedSlot], sum[kOutside] += x.slot[kOutsideSlot];
     add_uncentred(sum[kValue], sum[kValueSq], weight, centre_value, value, x.slot[kValueSqSlot]);
     add_uncentred(sum[kReturn], sum[kReturnSq], weight, centre_return, ret, x.slot[kReturnSqSlot]);
     add_uncentred(sum[kError], sum[kErrorSq], weight, centre_return - centre_value, ret - value, x.slot[kErrorSqSlot]);
     value_min = fmin(value_min, static_cast<double>(x.value_min)), value_max = fmax(value_max, static_cast<double>(x.value_max));
   }
-  if (walker.plan.splits > 1) finish_rows(p, walker.plan, scratch.rows, sum);
+  if (walker.plan.splits > 1) {
+    if (kRows > 1 && !walker.row_means) {
+      sum[kSequences] += count_columns(walker.plan, reinterpret_cast<const uint32_t*>(scratch.rows));
+    } else {
+      finish_rows(p, walker.plan, scratch.rows, sum);
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     double slots[kSumSlots];
@@ -1035,9 +1081,13 @@ void launch_forward(const ValueLossParams& p, const ForwardPlan& plan, const Scr
 template <typename T>
 int64_t value_loss_workspace(const ValueLossParams& p) {
   const ForwardPlan plan = plan_forward<T>(p);
-  const int64_t rows = plan.splits > 1 ? p.layout.num_seqs * plan.splits : 0;
-  return kScratchAlign + num_warps(plan) * static_cast<int64_t>(sizeof(WarpPartial<T>)) +
-         rows * static_cast<int64_t>(sizeof(RowPartial<T>));
+  int64_t rows = 0;
+  if (plan.splits > 1) {
+    const bool bits = plan.columns && p.reduction != Reduction::kSeqMeanTokenMean;
+    rows = bits ? plan.items * kSeenWords * static_cast<int64_t>(sizeof(uint32_t))
+                : p.layout.num_seqs * plan.splits * static_cast<int64_t>(sizeof(RowPartial<T>));
+  }
+  return kScratchAlign + num_warps(plan) * static_cast<int64_t>(sizeof(WarpPartial<T>)) + rows;
 }
 
 template <typename T>
@@ -1071,6 +1121,7 @@ struct BackwardPlan {
   bool across_seqs = false;      // packs lie across sequences, rows are time steps
   bool flat = false;             // all tensors are dense in one order: one row
   bool plain = false;            // plain tensors, and one factor for all tokens of a row
+  bool residual_vectors = false;  // the residuals are aligned for double2
   Access access;
   PackPhase phase;
 };
@@ -1091,7 +1142,7 @@ __device__ __forceinline__ int64_t find_segment(const Layout& l, int64_t token) 
 
 // Elementwise: grad = grad_loss * scale * w * dl/dv, one pass of packs per group of lanes.
 template <typename T, bool kClip>
-__global__ void __launch_bounds__(Geometry::kBackwardThreads)
+__global__ void __launch_bounds__(Geometry::kBackwardThreads, 4)
 value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan plan) {
   constexpr int K = kPacks<T>;
   const Layout& layout = p.layout;
@@ -1104,16 +1155,24 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
   const int64_t base = part * K * pack_step - plan.phase.lead(row);
   const int64_t first = base + kVec * lane;
   const bool full = base >= 0 && base + K * pack_step <= plan.length;
+  // Packed: tokens outside of all segments belong to no sequence.
+  const int64_t segments_begin = packed ? segment_bound(layout, 0) : 0;
+  const int64_t segments_end = packed ? segment_bound(layout, layout.num_seqs) : plan.length;
   const bool one_grad = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0;
-  const T low = kClip ? static_cast<T>(p.residuals[kClipLow]) : T(0), high = kClip ? static_cast<T>(p.residuals[kClipHigh]) : T(0);
-  double scale = p.residuals[kScale];
+  double2 head = {p.residuals[kScale], 0.0};
+  if (kClip) {
+    static_assert(kScale == 0 && kClipLow == 1, "one vector");
+    head = plan.residual_vectors ? __ldg(reinterpret_cast<const double2*>(p.residuals)) : double2{p.residuals[kScale], p.residuals[kClipLow]};
+  }
+  const T low = static_cast<T>(head.y), high = kClip ? static_cast<T>(p.residuals[kClipHigh]) : T(0);
+  double scale = head.x;
   if (one_grad) scale *= load<double>(p.grad_loss.data, p.grad_loss.dtype, 0);
   if (p.seq_scale && !packed && !plan.across_seqs) scale *= p.residuals[kSeqScale + row];
   const T row_scale = static_cast<T>(scale);
 
   const Place<false> at = {row, first, pack_step, 0};
   Tokens<T, kClip, K> tokens;
-  if (full && plan.plain) {
+  if (plan.plain && full && base >= segments_begin && base + K * pack_step <= segments_end) {
     tokens.load(Cursor<T, kClip>(p, at));
     const bool has_mask = p.mask.data != nullptr;
     T* out = static_cast<T*>(p.grad_values.data) + at.vector_offset(p.grad_values);
@@ -1139,7 +1198,6 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
   if (!one_grad) issue(grad, p.grad_loss, at, live, reach, plan.access, kGradBit);
   tokens.load(p, at, live, reach, plan.access);
   const bool weighted = is_weighted(p.mask);
-  const int64_t segments_begin = packed ? segment_bound(layout, 0) : 0, segments_end = packed ? segment_bound(layout, layout.num_seqs) : 0;
 
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -1203,8 +1261,8 @@ BackwardPlan plan_backward(ValueLossBackwardParams& p) {
   if (flat) plan.length *= plan.rows, plan.rows = 1;
   plan.access = access_to<T>(all, align(all, plan.phase));
   const bool one_grad = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0;
-  plan.plain = plan.access.direct && (plan.access.native & kOutputBit) != 0 && one_grad &&
-               !packed && !(p.seq_scale && plan.across_seqs);
+  plan.plain = plan.access.direct && (plan.access.native & kOutputBit) != 0 && one_grad && !(p.seq_scale && (packed || plan.across_seqs));
+  plan.residual_vectors = reinterpret_cast<uintptr_t>(p.residuals) % sizeof(double2) == 0;
   const int64_t row_packs = ceil_div(plan.length, kVec);
   plan.lanes = pow2_ceil(std::max(ceil_div(row_packs, kPacks<T>), std::min<int64_t>(row_packs, Geometry::kMinLanes)), kWarp);
   const int64_t max_lead = (plan.rows == 1 || plan.phase.row_stride == 0) ? plan.phase.lead(0) : kVec - 1;
