@@ -108,6 +108,9 @@ Output Arguments::per_sequence_output(const at::Tensor& x) const {
 
 Number Arguments::number(const char* name, const at::Tensor& x) const {
   TORCH_CHECK_VALUE(x.dim() == 0, op_, ": ", name, ": expected a number or a 0-d tensor, got shape ", x.sizes());
+  const auto t = x.scalar_type();
+  TORCH_CHECK_TYPE(t == at::kDouble || t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kLong || t == at::kInt,
+                   op_, ": ", name, ": expected a number, or a 0-d tensor of a floating dtype, int64 or int32, got ", t);
   const DType dtype = storage_type(op_, name, x);
   Number out;
   out.dtype = dtype;

@@ -220,6 +220,33 @@ def test_cu_seqlens_on_cuda_stay_in_bounds(device, monkeypatch):
         monkeypatch.delenv("FUSED_CRITIC_CHECK")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.uint8])
+def test_dtypes_of_a_count(device, dtype):
+    x = torch.zeros(8, device=device)
+    count = torch.tensor(200, dtype=dtype, device=device)
+    if dtype == torch.uint8:
+        with pytest.raises(
+            TypeError, match="batch_num_tokens: expected a number, or a 0-d tensor of a floating dtype, int64 or int32, got"
+        ):
+            fused_critic.value_loss(x, x, x + 1, batch_num_tokens=count)
+    else:
+        loss = fused_critic.value_loss(x, x, x + 1, batch_num_tokens=count).loss
+        assert abs(loss.item() - 8 * 0.5 / 200) < 1e-6
+
+
+def test_tokens_outside_of_all_segments_are_written_on_cuda(device):
+    """Nothing else writes the outputs there, and no sequence is theirs."""
+    if device != "cuda":
+        pytest.skip("on the CPU cu_seqlens is always validated (see the table)")
+    inner = torch.tensor([5, 9, 20], device=device)
+    x = torch.randn(24, device=device, requires_grad=True)
+    losses = fused_critic.value_loss(x, x.detach(), x.detach() + 1, cu_seqlens=inner, reduction="none").loss
+    losses.sum().backward()
+    inside = torch.zeros(24, dtype=torch.bool)
+    inside[5:20] = True
+    assert torch.equal(losses.cpu() != 0, inside) and torch.equal(x.grad.cpu() != 0, inside)
+
+
 @pytest.mark.parametrize("operator", ["value_loss", "gae"])
 def test_a_failed_call_writes_nothing(operator):
     before = V.clone()

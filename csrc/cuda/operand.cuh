@@ -18,25 +18,20 @@ __host__ __device__ constexpr int dtype_size(DType t) {
     case DType::kFloat64: case DType::kInt64: return 8;
     case DType::kFloat32: case DType::kInt32: return 4;
     case DType::kBFloat16: case DType::kFloat16: case DType::kInt16: return 2;
-    case DType::kInt8: return 1;
+    case DType::kInt8: break;
   }
-  return 0;
+  return 1;
 }
 
-// Any storage type but 64-bit integers survives the way through T; integers are only asked whether they are zero.
+// An element of a floating operand.
 template <typename T>
 __device__ __forceinline__ T load(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kFloat64: return static_cast<T>(static_cast<const double*>(data)[i]);
     case DType::kFloat32: return static_cast<T>(static_cast<const float*>(data)[i]);
     case DType::kBFloat16: return static_cast<T>(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]));
-    case DType::kFloat16: return static_cast<T>(__half2float(static_cast<const __half*>(data)[i]));
-    case DType::kInt8: return static_cast<const int8_t*>(data)[i] != 0 ? T(1) : T(0);
-    case DType::kInt16: return static_cast<const int16_t*>(data)[i] != 0 ? T(1) : T(0);
-    case DType::kInt32: return static_cast<const int32_t*>(data)[i] != 0 ? T(1) : T(0);
-    case DType::kInt64: return static_cast<const int64_t*>(data)[i] != 0 ? T(1) : T(0);
+    default: return static_cast<T>(__half2float(static_cast<const __half*>(data)[i]));
   }
-  return T(0);
 }
 
 __device__ __forceinline__ double load_number(const Number& n) {
