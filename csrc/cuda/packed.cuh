@@ -234,7 +234,7 @@ __device__ __forceinline__ void store4(const Output& x, int64_t offset, int64_t 
 #pragma unroll
     for (int i = 0; i < kVec; ++i)
       if (live >> i & 1) at[i * step] = static_cast<float>(p.v[i]);
-  } else if (x.dtype == DType::kFloat64) {
+  } else if (sizeof(T) == sizeof(double) && x.dtype == DType::kFloat64) {  // arithmetic in float has no such output
     double* at = static_cast<double*>(x.data) + offset;
     if (vec) {
       __stcg(reinterpret_cast<double2*>(at), make_double2(p.v[0], p.v[1]));

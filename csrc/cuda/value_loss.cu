@@ -279,7 +279,7 @@ __device__ __forceinline__ void issue(Pack<T> (&out)[K], const Operand& x, const
                                       const Access& access, unsigned bit) {
   if (reach != Reach::kLimited && (access.native & bit) != 0) {
     load_vectors<T>(out, x, at, live);
-  } else if (sizeof(T) == sizeof(float) && reach != Reach::kLimited && (access.half & bit) != 0) {
+  } else if (sizeof(T) == sizeof(float) && bit != kGradBit && reach != Reach::kLimited && (access.half & bit) != 0) {  // gradients come in T
     if constexpr (sizeof(T) == sizeof(float)) load_vectors<uint16_t>(out, x, at, live);
   } else {
     const At rare = at.rare();
