@@ -7,7 +7,16 @@ import pytest
 import torch
 from fused_critic import reference
 from fused_critic.check import cases
-from fused_critic.check.gae import FACTORS, SHAPES, compare_far, compare_gradients, compare_one_long_segment, compare_problem, compare_shape
+from fused_critic.check.gae import (
+    FACTORS,
+    SHAPES,
+    compare,
+    compare_far,
+    compare_gradients,
+    compare_one_long_segment,
+    compare_problem,
+    compare_shape,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,6 +93,14 @@ def test_outputs_and_gradients_at_every_size(device, shape, access, content, tim
     names = ["advantages", "returns", *(f"gradient of {name}" for name in inputs)]
     for name, got, expected in zip(names, run(device, None), run("cpu", torch.float64)):
         cases.assert_close(got, expected, max(cases.tolerance(dtype), cases.ROUNDING[got.dtype]), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64])
+@pytest.mark.parametrize("shape", [(8, 64), (3, 3000), (2, 20000)])
+def test_masks_wider_than_the_values(device, shape, dtype):
+    generator = torch.Generator().manual_seed(16)
+    rewards, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    compare(rewards, values, cases.mask(shape, dtype, generator).to(device), gamma=0.99, lam=0.95)
 
 
 def test_packed_with_one_long_segment(device):

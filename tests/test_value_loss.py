@@ -59,6 +59,40 @@ def test_masks_wider_than_the_values(device, dtype, time_dim):
     compare(*tensors, cases.mask((24, 128), dtype, generator).to(device), time_dim=time_dim)
 
 
+@pytest.mark.parametrize("shape", [(40, 16), (40, 24), (40, 128), (6, 200), (5, 1040)])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int32])
+def test_losses_of_single_tokens(device, shape, mask_dtype):
+    generator = torch.Generator().manual_seed(12)
+    tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
+    compare(*tensors, cases.mask(shape, mask_dtype, generator).to(device), reduction="none")
+
+
+@pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_left_padding(device, time_dim, clip_range):
+    """Prompts before responses: wholly masked stretches before wholly valid ones."""
+    shape = (5, 1024)
+    valid = torch.arange(shape[1]) >= torch.tensor([[0], [384], [640], [1000], [1024]])
+    tensors = draw_inputs(shape, torch.Generator().manual_seed(13), device, [torch.float32] * 3, ["contiguous"] * 3)
+    arranged = [x.t().contiguous() if time_dim == 0 else x for x in (*tensors, valid.to(device))]
+    compare(*arranged, time_dim=time_dim, clip_range=clip_range)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_with_gradients_in_half_precision(device, dtype):
+    """The raw operator takes them; autograd gives them in the loss's dtype."""
+    shape = (3, 1024)
+    values, old, returns = draw_inputs(shape, torch.Generator().manual_seed(14), device, [torch.float32] * 3, ["contiguous"] * 3)
+    _, _, residuals = torch.ops.fused_critic.value_loss(values, old, returns, reduction="none")
+    gradients = torch.rand(shape, generator=torch.Generator().manual_seed(15)).to(device, dtype)
+    options = {"clip": True, "reduction": "none", "time_dim": -1}
+    half, whole = (
+        torch.ops.fused_critic.value_loss_backward(g, values, old, returns, None, None, residuals, **options)
+        for g in (gradients, gradients.float())
+    )
+    cases.assert_same_bits(half, whole)
+
+
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_padding_mask(device, reduction, time_dim):
@@ -165,9 +199,10 @@ def test_statistics_merge(device):
             assert math.isclose(value, whole[name], rel_tol=1e-6, abs_tol=1e-7), name
 
 
-def test_large_sums_stay_accurate(device):
-    values = torch.rand(4, 1_000_000, generator=torch.Generator().manual_seed(5)).to(device)
-    loss, _, _ = run(values, values, torch.zeros_like(values))
+@pytest.mark.parametrize("shape, time_dim", [((4, 1_000_000), -1), ((40_000, 128), 0)], ids=["long rows", "long columns"])
+def test_large_sums_stay_accurate(device, shape, time_dim):
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(5)).to(device)
+    loss, _, _ = run(values, values, torch.zeros_like(values), time_dim=time_dim)
     assert math.isclose(loss.item(), (0.5 * values.double() ** 2).mean().item(), rel_tol=1e-6)
 
 
