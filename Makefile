@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
 MAX_JOBS ?= 2
 export MAX_JOBS
 
@@ -11,15 +13,42 @@ PIP = $(BIN)/python -m pip
 BUILD_INPUTS = setup.py build_config.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
 .DEFAULT_GOAL = help
-.PHONY: help test demo bench clean
+.PHONY: help test test-cuda demo bench clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)] [TORCH=$(TORCH)] [MAX_JOBS=$(MAX_JOBS)]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST))
 
 test: $(VENV)/.built-test  ## set up and run the whole test suite (PYTEST_ARGS are passed on)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a CUDA build of torch without its CUDA libraries; tests/fakecuda stands in for the CUDA runtime. Needs nvcc. The audit of the kernels
+# wants every architecture, PTX for the simulated cards, and what ptxas says.
+CUDA_BUILD = build/simulated
+SIMULATOR = PYTHONPATH=tests/fakecuda FAKECUDA_CACHE=$(abspath $(CUDA_BUILD))/fakecuda $(CUDA_VENV)/bin/python -m fakecuda
+
+test-cuda: $(CUDA_VENV)/.built  ## set up, build for CUDA and run the suite on device cuda, on a simulated GPU (needs nvcc)
+	FAKECUDA_CACHE=$(abspath $(CUDA_BUILD))/fakecuda $(CUDA_VENV)/bin/python tests/simulate.py --log $(CUDA_BUILD)/build.log \
+	  --library "$$(echo $(CUDA_VENV)/lib/python*/site-packages/fused_critic/_C*.so)" --reports $(CUDA_BUILD)/reports $(SIMULATE_ARGS)
+
+$(CUDA_VENV)/.torch:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(CUDA_VENV)/bin/python -m pip install --quiet --group test-cuda
+	@echo "installing $(CUDA_TORCH) without the CUDA libraries"
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps "$(CUDA_TORCH)"
+	@touch $@
+
+# Installed, not editable: the checkout's own library is the CPU's. What ptxas says is appended, since a second build compiles only what changed.
+$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(BUILD_INPUTS) $(shell find python -name '*.py*' -not -name '*.pyc' -not -name _build_stamp.py)
+	@echo "building fused_critic for CUDA"
+	@mkdir -p $(CUDA_BUILD) && rm -f $(CUDA_BUILD)/*.whl
+	FUSED_CRITIC_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="7.5+PTX;8.0+PTX;8.6;8.9;9.0+PTX;10.0;12.0" NVCC_APPEND_FLAGS=-Xptxas=-v $(SIMULATOR) run -- \
+	  $(abspath $(CUDA_VENV))/bin/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir $(CUDA_BUILD) . \
+	  >>$(CUDA_BUILD)/build.log 2>&1 || { tail -n 100 $(CUDA_BUILD)/build.log; exit 1; }
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall $(CUDA_BUILD)/*.whl
+	@touch $@
 
 demo: $(VENV)/.built-examples  ## set up and train both examples: PPO on a token-level task, PPO on CartPole
 	$(BIN)/python examples/ppo_lm.py
@@ -29,7 +58,7 @@ bench: $(VENV)/.built-bench  ## set up and run the benchmarks
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist python/*.egg-info python/fused_critic/*.so python/fused_critic/_build_stamp.py
+	rm -rf $(VENV) $(CUDA_VENV) build dist python/*.egg-info python/fused_critic/*.so python/fused_critic/_build_stamp.py
 
 # Each stamp is made anew when what it depends on is newer, so a second call installs nothing and a changed source is built again.
 $(VENV)/.torch:

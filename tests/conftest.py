@@ -28,6 +28,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", devices)
 
 
+def pytest_collection_modifyitems(config, items):
+    """With --devices that leaves the CPU out, only what runs on a device is left: everything else has been tested without it."""
+    chosen = config.getoption("--devices")
+    if chosen and "cpu" not in chosen.split(","):
+        on_device = [item for item in items if {"device", "simulator"} & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in on_device])
+        items[:] = on_device
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads; restored afterwards."""
