@@ -33,7 +33,7 @@ class Fault:
 
 
 LOSS, GAE = ("tests/test_value_loss.py",), ("tests/test_gae.py",)
-STREAMS = ("tests/test_torch_integration.py", "-k", "second_device_and_side_stream")
+STREAMS = ("tests/test_torch_integration.py", "-k", "side_stream or second_device")
 
 FAULTS = (
     Fault(

@@ -243,13 +243,44 @@ def test_deterministic_algorithms_mode(device):
         torch.use_deterministic_algorithms(False)
 
 
-def test_second_device_and_side_stream(device):
+# Rows walked by a warp, by a block, by several blocks: every launch of the library, together with the two layouts.
+LAUNCHED = [(shape, time_dim) for shape in ((5, 40), (130, 520), (2, 9000)) for time_dim in (-1, 0)]
+
+
+def run_everywhere(device, shape, time_dim):
+    """GAE and the loss, forward and backward, with and without clipping."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, old, values = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+    advantages, returns = fused_critic.gae(rewards, values.requires_grad_(), gamma=0.99, lam=0.95, time_dim=time_dim)
+    results = [advantages, *torch.autograd.grad(advantages.sum(), values)]
+    for clip_range in (0.2, None):
+        loss = fused_critic.value_loss(values, old, returns.detach(), clip_range=clip_range, time_dim=time_dim).loss
+        results += [loss, *torch.autograd.grad(loss, values)]
+    return results
+
+
+def assert_like_cpu(got, shape, time_dim):
+    for a, b in zip(got, run_everywhere("cpu", shape, time_dim), strict=True):
+        cases.assert_close(a, b, 1e-5, f"{shape}, time_dim {time_dim}")
+
+
+def test_side_stream(device):
+    if device != "cuda":
+        pytest.skip("needs a CUDA device")
+    for shape, time_dim in LAUNCHED:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            got = run_everywhere(device, shape, time_dim)
+        stream.synchronize()
+        assert_like_cpu(got, shape, time_dim)
+
+
+def test_second_device_while_the_first_is_current(device):
     if device != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    expected = run_step(critic_step, inputs("cpu", (5, 40)), STEPS[0])
-    stream = torch.cuda.Stream("cuda:1")
-    with torch.cuda.stream(stream):
-        got = run_step(critic_step, inputs("cuda:1", (5, 40)), STEPS[0])
-    stream.synchronize()
-    assert all(tensor.device == torch.device("cuda:1") for tensor in got.values())
-    compare_results(got, expected, tolerance=1e-5)
+    assert torch.cuda.current_device() == 0
+    for shape, time_dim in LAUNCHED:
+        got = run_everywhere("cuda:1", shape, time_dim)
+        assert all(tensor.device == torch.device("cuda:1") for tensor in got)
+        assert_like_cpu(got, shape, time_dim)
+    assert torch.cuda.current_device() == 0
