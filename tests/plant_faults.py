@@ -205,6 +205,12 @@ def simulated(*command, **options):
     return subprocess.run(run, cwd=COPY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
+def copy_if_different(source, target):
+    """A file that is the same keeps its time stamp, one that is not gets a new one: ninja builds by them."""
+    if not Path(target).exists() or Path(source).read_bytes() != Path(target).read_bytes():
+        shutil.copyfile(source, target)
+
+
 def build():
     # The PTX is what runs; the machine code beside it need not be good.
     env = environment(FUSED_CRITIC_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="-Xptxas=-O1")
@@ -247,9 +253,10 @@ def main():
     for name in COPIED:
         source, target = ROOT / name, COPY / name
         if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_stamp.py"))
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_stamp.py")
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored, copy_function=copy_if_different)
         else:
-            shutil.copy2(source, target)
+            copy_if_different(source, target)
     if broken := build():
         raise SystemExit(broken)
     for tests in sorted({fault.tests for fault in chosen}):

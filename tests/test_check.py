@@ -12,6 +12,7 @@ from fused_critic.__main__ import main
 from fused_critic.check import bandwidth, gae, torch_features, value_loss
 from fused_critic.check.command import DEFAULT_REPORT
 from fused_critic.check.runner import CHECKS, QUICK_STEP, SECTIONS, Context, NotApplicable
+from torch._inductor import config as inductor_config
 
 COLUMNS = 80
 FEW = ["value-loss-shapes/3", "gae-shapes/9", "gae-gradient-shapes/9", "whiten/3", "repeat/0", "views/1"]
@@ -225,12 +226,12 @@ def test_what_is_not_applicable_neither_passes_nor_fails(device, run):
     assert ran.status == 1 and ran.lines[-1].startswith("FAIL: nothing could be checked")
 
 
-def test_a_missing_compiler_is_not_applicable(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_a_missing_compiler_is_not_applicable():
     cpu = Context(torch.device("cpu"))
-    assert torch_features.compiler_obstacle(cpu.device)
-    with pytest.raises(NotApplicable, match="torch.compile does not work here: "):
-        torch_features.compare_compiled("inductor", cpu)
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert torch_features.compiler_obstacle(cpu.device)
+        with pytest.raises(NotApplicable, match="torch.compile does not work here: "):
+            torch_features.compare_compiled("inductor", cpu)
 
 
 def test_the_simulator_is_recognised(monkeypatch):
