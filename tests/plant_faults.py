@@ -33,6 +33,7 @@ class Fault:
 
 
 LOSS, GAE = ("tests/test_value_loss.py",), ("tests/test_gae.py",)
+LOSS_EXAMPLES = (*LOSS, "-k", "test_shapes or masked_contents")  # a property test that fails shrinks for minutes where it is simulated
 STREAMS = ("tests/test_torch_integration.py", "-k", "side_stream or second_device")
 
 FAULTS = (
@@ -167,21 +168,21 @@ FAULTS = (
         "cuda/value_loss.cu",
         "    if (!kAll && (valid & 1u << (8 * i)) == 0) continue;\n",
         "",
-        LOSS,
+        LOSS_EXAMPLES,
     ),
     Fault(
         "a wrong hand-over between blocks: the last warp's partial is left out",
         "cuda/value_loss.cu",
         "i < static_cast<int>(gridDim.x) * warps; i +=",
         "i < static_cast<int>(gridDim.x) * warps - 1; i +=",
-        LOSS,
+        LOSS_EXAMPLES,
     ),
     Fault(
         "a counter that is not reset: the ticket",
         "cuda/value_loss.cu",
         "  if (plan.blocks > 1) cudaMemsetAsync(scratch.ticket, 0, sizeof(*scratch.ticket), stream);\n",
         "",
-        LOSS,
+        LOSS_EXAMPLES,
     ),
     Fault(
         "a rung that returns another's result: long rows' code for rows that share a warp",
