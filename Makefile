@@ -58,7 +58,7 @@ bench: $(VENV)/.built-bench  ## set up and run the benchmarks
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(CUDA_VENV) build dist python/*.egg-info python/fused_critic/*.so python/fused_critic/_build_stamp.py
+	rm -rf $(VENV) $(CUDA_VENV) $(CUDA_VENV)-full build dist python/*.egg-info python/fused_critic/*.so python/fused_critic/_build_stamp.py
 
 # Each stamp is made anew when what it depends on is newer, so a second call installs nothing and a changed source is built again.
 $(VENV)/.torch:

@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import itertools
 import json
-import math
 import re
 import subprocess
 import sys
@@ -125,22 +124,16 @@ def enumerators():
 
 def short_name(demangled, enums):
     """Without return type, namespaces and parameters, enumerators by name."""
-    name = re.sub(r"\(anonymous namespace\)::|\w+::(?=\w)", "", demangled.replace("(anonymous namespace)::", "")).removeprefix("void ")
-    name = re.sub(r"\((\w+)\)(\d+)", lambda match: enums[match[1]][int(match[2])], name)
-    return name[: name.rindex(">") + 1] if "<" in name else name.split("(")[0]
+    name = demangled[: demangled.index(">(") + 1].replace("(anonymous namespace)::", "")
+    name = re.sub(r"\w+::(?=\w)", "", name).removeprefix("void ")
+    return re.sub(r"\((\w+)\)(\d+)", lambda match: enums[match[1]][int(match[2])], name)
 
 
 def demangle(symbols):
     """By c++filt, which comes with the compiler."""
     symbols = sorted(symbols)
-    lines = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout.splitlines()
-    return dict(
-        zip(
-            symbols,
-            (line.split("(fused_critic::")[0] if ">(" not in line else line[: line.rindex(">(") + 1] for line in lines),
-            strict=True,
-        )
-    )
+    names = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(zip(symbols, names, strict=True))
 
 
 def read_resources(log):
@@ -163,7 +156,7 @@ def read_resources(log):
 
 
 def read_ptx(library):
-    """PTX of every kernel in the library: {symbol: (signature and bounds, body)}."""
+    """PTX of every kernel in the library: {symbol: text}."""
     from fakecuda.fatbin import Fatbin
 
     data = Path(library).read_bytes()
@@ -172,8 +165,8 @@ def read_ptx(library):
     while at >= 0:
         text = Fatbin(ctypes.addressof(buffer) + at).ptx(PTX_ARCHITECTURE)
         for part in (text or "").split(".entry ")[1:]:
-            signature, _, body = part.partition("\n{")
-            found[signature.split("(")[0]] = signature, body
+            symbol, _, rest = part.partition("(")
+            found[symbol] = rest
         at = data.find(FATBIN_MAGIC, at + 4)
     return found
 
@@ -193,14 +186,10 @@ def collect(log, library, report):
     for launch in report["launches"]:
         launches[launch["symbol"]] += launch["status"] == "ok"
     kernels = []
-    for symbol, (directives, body) in ptx.items():
+    for symbol, body in ptx.items():
+        image = report["images"][names[symbol]]
         kernel = Kernel(symbol, short_name(names[symbol], enums), resources.get(symbol, {}), launches=launches[symbol])
-        bounds = {
-            name: [int(x) for x in re.findall(r"\d+", value)]
-            for name, value in re.findall(r"\.(maxntid|minnctapersm) ([\d, ]+)", directives)
-        }
-        kernel.max_threads = math.prod(bounds.get("maxntid", [0]))
-        kernel.min_blocks = bounds.get("minnctapersm", [1])[0]
+        kernel.max_threads, kernel.min_blocks = image["max_threads"] or 0, image["min_blocks_per_sm"] or 1
         kernel.wide_loads, kernel.wide_stores = wide_accesses(body, "ld"), wide_accesses(body, "st")
         kernels.append(kernel)
     return sorted(kernels, key=lambda kernel: kernel.name)

@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import simulate
+
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "faults"
 COPIED = ("csrc", "python", "tests", "setup.py", "build_config.py", "pyproject.toml", "README.md", "LICENSE")
@@ -195,9 +197,9 @@ FAULTS = (
 
 
 def environment(**more):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    python = os.pathsep.join([str(COPY / "python"), str(ROOT / "tests" / "fakecuda")])
-    return {**os.environ, "PYTHONPATH": python, "PATH": path, **more}
+    """The copy's package before the installed one."""
+    path = os.pathsep.join([str(COPY / "python"), str(simulate.SIMULATOR)])
+    return {**simulate.environment(), "PYTHONPATH": path, **more}
 
 
 def simulated(*command, **options):
@@ -236,7 +238,7 @@ def test(arguments):
         "--tb=line",
         *arguments,
     ]
-    done = simulated("--devices", "2", "--ext", str(library), "--", *pytest, env=environment(OMP_NUM_THREADS="1"))
+    done = simulated("--devices", "2", "--ext", str(library), "--", *pytest, env=environment())
     failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
     seen = re.search(r"fakecuda found:\s*(?:E\s+)?([\w-]+)", done.stdout) or re.search(r"ISSUE ([\w-]+)", done.stdout)
     if "passed" not in done.stdout and not failed:

@@ -87,20 +87,9 @@ def main():
     subprocess.run(
         [sys.executable, "-m", "fakecuda", "merge", str(merged), *parts], check=True, env=environment(), stdout=subprocess.DEVNULL
     )
-    audit = [
-        sys.executable,
-        "-m",
-        "fakecuda",
-        "run",
-        "--",
-        "python",
-        str(ROOT / "tests" / "kernel_audit.py"),
-        "--log",
-        str(arguments.log),
-        "--library",
-        str(arguments.library),
-    ]
-    audit += ["--report", str(merged), *(["--write"] if arguments.write else [])]
+    audit = [sys.executable, "-m", "fakecuda", "run", "--", "python", "tests/kernel_audit.py"]
+    audit += ["--log", str(arguments.log), "--library", str(arguments.library), "--report", str(merged)]
+    audit += ["--write"] if arguments.write else []
     if subprocess.run(audit, cwd=ROOT, env=environment()).returncode:
         failed.append("audit of the kernels")
     print("FAILED: " + ", ".join(failed) if failed else "everything passed")
