@@ -17,6 +17,15 @@ _gae = torch.ops.fused_critic.gae.default
 _gae_tensor = torch.ops.fused_critic.gae.tensor
 
 
+def _keyword_defaults(operator) -> dict:
+    return {argument.name: argument.default_value for argument in operator._schema.arguments if argument.kwarg_only}
+
+
+# Keywords at their default are not passed on: parsing them would cost more than the operator's whole call.
+_VALUE_LOSS_DEFAULTS = _keyword_defaults(_value_loss)
+_GAE_DEFAULTS = _keyword_defaults(_gae)
+
+
 class ValueLossOutput(NamedTuple):
     """``loss``: 0-d (per token for ``reduction="none"``), float32, or float64 if any input is. ``stats``: see :class:`ValueLossStats`."""
 
@@ -111,12 +120,13 @@ def value_loss(
             clip=clip, reduction=reduction, dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
         )  # fmt: skip
     else:
-        loss, stats, _ = _value_loss(
-            values, old_values, returns, mask, cu_seqlens,
-            clip_low=low, clip_high=high, clip=clip, reduction=reduction,
-            batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size,
-            dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
-        )  # fmt: skip
+        options = {
+            "clip_low": low, "clip_high": high, "clip": clip, "reduction": reduction,
+            "batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size,
+            "dp_size": dp_size, "loss_scale_factor": loss_scale_factor, "time_dim": time_dim,
+        }  # fmt: skip
+        options = {name: value for name, value in options.items() if value != _VALUE_LOSS_DEFAULTS[name]}
+        loss, stats, _ = _value_loss(values, old_values, returns, mask, cu_seqlens, **options)
     return ValueLossOutput(loss, ValueLossStats(stats))
 
 
@@ -180,7 +190,9 @@ def gae(
         numbers = (_as_tensor(gamma, rewards), _as_tensor(lam, rewards))
         advantages, returns = _gae_tensor(rewards, values, *numbers, *tensors, mask_mode=mask_mode, time_dim=time_dim)
     else:
-        advantages, returns = _gae(rewards, values, *tensors, gamma=gamma, lam=lam, mask_mode=mask_mode, time_dim=time_dim)
+        options = {"gamma": gamma, "lam": lam, "mask_mode": mask_mode, "time_dim": time_dim}
+        options = {name: value for name, value in options.items() if value != _GAE_DEFAULTS[name]}
+        advantages, returns = _gae(rewards, values, *tensors, **options)
     if whiten:
         advantages = masked_whiten(advantages, mask)
     return GAEOutput(advantages, returns)
