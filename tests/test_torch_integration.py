@@ -1,6 +1,7 @@
 """How the operators behave inside of torch: opcheck, gradcheck, compile, export, torch.func, repeated backward, autocast."""
 
 import math
+import time
 import warnings
 
 import fused_critic
@@ -153,6 +154,28 @@ def test_compile_with_tensor_numbers_never_recompiles(device):
         compare_results(run_step(compiled, tensors, tensor_numbers), run_step(critic_step, tensors, numbers), tolerance=1e-6)
         compilations = compilations or counter.frame_count
     assert counter.frame_count == compilations
+
+
+COMPILE_SECONDS = 3  # a Python loop over time is unrolled: 40 s at T = 256
+
+
+def test_compiled_graph_does_not_grow_with_the_length(device):
+    nodes, seconds = [], []
+
+    def count(module, example_inputs):
+        nodes.append(len(module.graph.nodes))
+        return module
+
+    for length in (16, 8192):
+        torch._dynamo.reset()
+        tensors = inputs(device, (2, length))
+        run_step(torch.compile(critic_step, backend=count, fullgraph=True), tensors, STEPS[0])
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        run_step(torch.compile(critic_step, backend="aot_eager", fullgraph=True), tensors, STEPS[0])
+        seconds.append(time.perf_counter() - start)
+    assert len(nodes) == 2 and nodes[0] == nodes[1]
+    assert seconds[1] < COMPILE_SECONDS
 
 
 def test_compile_raw_operators(device):
