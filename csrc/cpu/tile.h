@@ -93,6 +93,7 @@ inline void store_run(const T* from, int64_t n, const Output& y, int64_t offset,
 template <typename T> constexpr DType dtype_of();
 template <> constexpr DType dtype_of<float>() { return DType::kFloat32; }
 template <> constexpr DType dtype_of<double>() { return DType::kFloat64; }
+template <> constexpr DType dtype_of<int8_t>() { return DType::kInt8; }  // flags
 
 // A rectangle of tokens: `lines` runs of `length` tokens. Element (line, i) of an operand lies at origin + line * line_stride + i * stride.
 struct Rect {

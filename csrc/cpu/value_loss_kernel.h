@@ -17,104 +17,159 @@ inline const T* load_tile(const Operand& x, const TileSpec& tile, T* scratch) {
   return load_rect(x, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length}, scratch);
 }
 
-// What a tile's mask is. A floating one weighs tokens; any other, or the padding of a tile's end, only says which are there.
+// What is known of a stretch of tokens. A floating mask weighs them; any other only says which are there.
 enum class MaskKind { kNone, kFlags, kWeights };
 
+// The tokens of a tile, side by side.
 template <typename T>
-struct MaskTile {
-  MaskKind kind;     // kNone also where flags are all set: padding leaves most tiles so
-  bool empty;        // no token is there
-  const T* weights;  // 0 and 1 but for kWeights
+struct Tokens {
+  const T *v, *old, *ret;  // old: null without clipping
+  MaskKind mask;
+  const int8_t* flags;     // kFlags: not zero where a token is there
+  const T* weights;        // kWeights
+
+  bool valid(int64_t i) const { return mask == MaskKind::kFlags ? flags[i] != 0 : mask == MaskKind::kNone || weights[i] != T(0); }
+  T weight(int64_t i) const { return mask == MaskKind::kWeights ? weights[i] : valid(i) ? T(1) : T(0); }
+
+  // The first valid token of n; there is one.
+  int64_t first_valid() const {
+    int64_t i = 0;
+    for (uint64_t word = 0; mask == MaskKind::kFlags; i += sizeof(word)) {
+      std::memcpy(&word, flags + i, sizeof(word));
+      if (word != 0) break;
+    }
+    while (!valid(i)) ++i;
+    return i;
+  }
 };
 
 template <typename T>
-struct Ones {
-  T value[kTile];
-  constexpr Ones() : value() {
-    for (T& x : value) x = T(1);
-  }
+struct TokenScratch {
+  alignas(64) T v[kTile], old[kTile], ret[kTile], weights[kTile];
+  alignas(64) int8_t flags[kTile];
 };
-template <typename T>
-constexpr Ones<T> kOnes;
 
-template <typename T>
-inline MaskTile<T> load_mask(const Operand& mask, const TileSpec& tile, T* scratch) {
-  if (mask.data == nullptr) return {MaskKind::kNone, false, kOnes<T>.value};
-  const Placement at = place(tile, mask.seq_stride, mask.time_stride);
-  if (mask.dtype == DType::kInt8 && at.stride == 1 && (tile.lines == 1 || at.line_stride == tile.length)) {
-    const size_t n = size_t(tile.lines * tile.length);
-    const char* bytes = static_cast<const char*>(mask.data) + at.origin;
-    if (bytes[0] != 0 && std::memchr(bytes, 0, n) == nullptr) return {MaskKind::kNone, false, kOnes<T>.value};
-    if (bytes[0] == 0 && std::memcmp(bytes, bytes + 1, n - 1) == 0) return {MaskKind::kFlags, true, nullptr};
+template <typename T, typename Params>
+inline Tokens<T> load_tokens(const Params& p, const TileSpec& tile, TokenScratch<T>& scratch) {
+  Tokens<T> x = {};
+  x.v = load_tile(p.values, tile, scratch.v);
+  if (p.clip) x.old = load_tile(p.old_values, tile, scratch.old);
+  x.ret = load_tile(p.returns, tile, scratch.ret);
+  if (p.mask.data == nullptr) return x;
+  const DType dtype = p.mask.dtype;
+  if (dtype == DType::kFloat64 || dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16) {
+    x.mask = MaskKind::kWeights;
+    x.weights = load_tile(p.mask, tile, scratch.weights);
+  } else {
+    x.mask = MaskKind::kFlags;
+    x.flags = load_tile(p.mask, tile, scratch.flags);
   }
-  const bool floating = mask.dtype == DType::kFloat64 || mask.dtype == DType::kFloat32 || mask.dtype == DType::kBFloat16 || mask.dtype == DType::kFloat16;
-  return {floating ? MaskKind::kWeights : MaskKind::kFlags, false, load_tile(mask, tile, scratch)};
+  return x;
 }
+
+// Flags are looked at by blocks: padding and turns leave most of them all set or all clear, which saves the masking or the work itself.
+constexpr int64_t kFlagBlock = 64;
+
+struct Occupancy {
+  int64_t valid;                         // tokens
+  uint8_t in_block[kTile / kFlagBlock];  // of them, where flags are mixed
+
+  template <typename T>
+  Occupancy(const Tokens<T>& x, int64_t n) : valid(n) {
+    if (x.mask == MaskKind::kNone || n == 0) return;
+    if (x.mask == MaskKind::kFlags && x.flags[0] != 0 && std::memchr(x.flags, 0, size_t(n)) == nullptr) return;
+    valid = 0;
+    if (x.mask == MaskKind::kFlags && x.flags[0] == 0 && std::memcmp(x.flags, x.flags + 1, size_t(n - 1)) == 0) return;
+    for (int64_t block = 0; block * kFlagBlock < n; ++block) {
+      const int64_t begin = block * kFlagBlock, end = std::min(n, begin + kFlagBlock);
+      uint8_t sum = 0;  // of few bits, so that vectors hold many
+      if (x.mask == MaskKind::kFlags) {
+        for (int64_t i = begin; i < end; ++i) sum += x.flags[i] != 0;
+      } else {
+        for (int64_t i = begin; i < end; ++i) sum += x.weights[i] != T(0);
+      }
+      valid += in_block[block] = sum;
+    }
+  }
+};
+
+// Calls visit(begin, end, kind) for the stretches of whole groups of kLanes among n tokens, and clear(begin, end) for those with no token.
+template <typename T, typename Visit, typename Clear>
+FUSED_CRITIC_INLINE void for_each_stretch(const Tokens<T>& x, const Occupancy& there, int64_t n, const Visit& visit, const Clear& clear) {
+  const int64_t whole = n / kLanes * kLanes;
+  if (there.valid == 0) return clear(0, whole);
+  if (x.mask == MaskKind::kWeights) return visit(0, whole, x.mask);
+  if (there.valid == n) return visit(0, whole, MaskKind::kNone);
+  enum class Block { kClear, kSet, kMixed };
+  const auto block_at = [&](int64_t i) {
+    const int valid = there.in_block[i / kFlagBlock];
+    return valid == 0 ? Block::kClear : valid == kFlagBlock ? Block::kSet : Block::kMixed;
+  };
+  for (int64_t begin = 0, end; begin < whole; begin = end) {
+    const Block block = block_at(begin);
+    for (end = begin + kFlagBlock; end < whole && block_at(end) == block;) end += kFlagBlock;
+    end = std::min(end, whole);
+    if (block == Block::kClear) {
+      clear(begin, end);
+    } else {
+      visit(begin, end, block == Block::kSet ? MaskKind::kNone : MaskKind::kFlags);
+    }
+  }
+}
+
+// The last n % kLanes tokens, padded with masked ones.
+template <typename T>
+struct Tail {
+  T v[kLanes] = {}, old[kLanes] = {}, ret[kLanes] = {}, weights[kLanes] = {};
+  int8_t flags[kLanes] = {};
+
+  Tail(const Tokens<T>& x, int64_t from, int64_t n) {
+    std::copy(x.v + from, x.v + n, v);
+    if (x.old != nullptr) std::copy(x.old + from, x.old + n, old);
+    std::copy(x.ret + from, x.ret + n, ret);
+    for (int64_t i = from; i < n; ++i) flags[i - from] = x.valid(i);
+    if (x.mask == MaskKind::kWeights) std::copy(x.weights + from, x.weights + n, weights);
+  }
+  Tokens<T> tokens(MaskKind mask) const { return {v, old, ret, mask, flags, weights}; }
+};
+
+template <typename T, MaskKind kMask>
+FUSED_CRITIC_INLINE Mask<T> valid_lanes(const Tokens<T>& x, int64_t i) {
+  if constexpr (kMask == MaskKind::kWeights) return Vec<T>::load(x.weights + i) != Vec<T>::all(T(0));
+  return nonzero<T>(x.flags + i);
+}
+
+template <typename T>
+struct ClipRange {
+  Vec<T> low, high;
+};
 
 // math/value_loss.h in lanes, without its factor 0.5.
 template <typename T>
 struct LossLanes {
-  Vec<T> d, dc;                  // v - R and vc - R
-  Vec<T> unclipped, clipped;     // their squares
-  Vec<T> vc, low_bound;
+  Vec<T> vc, d, dc;           // the clipped value, v - R and vc - R
+  Vec<T> unclipped, clipped;  // their squares
 };
 
 template <typename T, bool kClip>
-FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const Vec<T>& old, const Vec<T>& ret, const Vec<T>& low, const Vec<T>& high) {
+FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const T* old, const Vec<T>& ret, const ClipRange<T>& range) {
   LossLanes<T> out;
-  out.d = v - ret;
-  out.unclipped = out.d * out.d;
   if constexpr (kClip) {
-    out.low_bound = old + low;
-    out.vc = min(max(v, out.low_bound), old + high);  // NaN where old is NaN
+    const Vec<T> o = Vec<T>::load(old);
+    out.vc = min(max(v, o + range.low), o + range.high);  // NaN where old is, but not where v is
     out.dc = out.vc - ret;
     out.clipped = out.dc * out.dc;
   }
+  out.d = v - ret;
+  out.unclipped = out.d * out.d;
   return out;
 }
 
-// A tile is read twice, from the first-level cache: one walk for the loss and one for the moments, so that the sums of each stay in registers.
 template <typename T>
 struct LossSums {
-  Vec<T> loss;                                    // without the factor 0.5
-  Mask<T> tokens, clipped, outside;               // counters; tokens: only if there is a mask
-  Vec<T> weight, clipped_weight, outside_weight;  // MaskKind::kWeights
+  Vec<T> loss;              // without the factor 0.5
+  Mask<T> clipped, outside; // counters
 };
-
-// One group of kLanes tokens. Masked ones are computed like the others and dropped at the end.
-template <typename T, bool kClip, MaskKind kMask>
-FUSED_CRITIC_INLINE void accumulate_loss(LossSums<T>& s, const T* v, const T* old, const T* ret, const T* weights, const Vec<T>& low, const Vec<T>& high, T* token_out) {
-  const Vec<T> zero = Vec<T>::all(T(0)), w = Vec<T>::load(weights), value = Vec<T>::load(v);
-  const Mask<T> valid = w != zero;
-  const LossLanes<T> l = token_loss<T, kClip>(value, kClip ? Vec<T>::load(old) : zero, Vec<T>::load(ret), low, high);
-  Vec<T> loss = l.unclipped;
-  if constexpr (kClip) {
-    loss = max(l.clipped, l.unclipped);  // NaN where v or R is
-    loss = loss + select(l.low_bound != l.low_bound, l.low_bound, zero);
-    Mask<T> clipped = l.clipped > l.unclipped, outside = l.vc != value;
-    if constexpr (kMask != MaskKind::kNone) {
-      clipped = clipped & valid;
-      outside = outside & valid;
-    }
-    if constexpr (kMask == MaskKind::kWeights) {
-      s.clipped_weight = s.clipped_weight + select(clipped, w, zero);
-      s.outside_weight = s.outside_weight + select(outside, w, zero);
-    } else {
-      s.clipped = s.clipped + clipped;
-      s.outside = s.outside + outside;
-    }
-  }
-  if constexpr (kMask == MaskKind::kWeights) {
-    loss = w * loss;
-    s.weight = s.weight + w;
-  }
-  if constexpr (kMask != MaskKind::kNone) {
-    loss = select(valid, loss, zero);
-    s.tokens = s.tokens + valid;
-  }
-  if (token_out != nullptr) (loss * Vec<T>::all(T(0.5))).store(token_out);
-  s.loss = s.loss + loss;
-}
 
 // Value, return and error are summed about a centre (the tile's first valid token), so that their squares keep their digits when the mean is
 // far from zero; the raw moments are put together in double. The error's own sum follows from the other two.
@@ -123,26 +178,100 @@ struct MomentSums {
   Vec<T> value, value_sq, ret, ret_sq, error_sq, value_min, value_max;
 };
 
-// One group of kLanes tokens. Masked ones are put on the centre, whatever lies there: they add 0 to every moment.
-template <typename T, MaskKind kMask>
-FUSED_CRITIC_INLINE void accumulate_moments(MomentSums<T>& s, const T* values, const T* returns, const T* weights, const Vec<T>& centre_v, const Vec<T>& centre_r) {
-  Vec<T> v = Vec<T>::load(values), ret = Vec<T>::load(returns);
-  const Vec<T> w = Vec<T>::load(weights);
-  if constexpr (kMask != MaskKind::kNone) {
-    const Mask<T> valid = w != Vec<T>::all(T(0));
-    v = select(valid, v, centre_v);
-    ret = select(valid, ret, centre_r);
+template <typename T>
+struct WeightSums {  // MaskKind::kWeights
+  Vec<T> weight, clipped, outside;
+};
+
+template <typename T>
+struct Sums {
+  LossSums<T> loss;
+  MomentSums<T> moments;
+  WeightSums<T> weights;
+};
+
+template <typename T>
+struct Centre {
+  Vec<T> value, ret;
+};
+
+// Adds the groups of kLanes tokens in [begin, end). Masked ones are put on the centre, whatever lies there, so that they add 0 to every moment.
+template <typename T, bool kClip, MaskKind kMask>
+FUSED_CRITIC_NOINLINE void accumulate(Sums<T>& sums, const Tokens<T>& tokens, int64_t begin, int64_t end, const ClipRange<T>& range, const Centre<T>& centre, T* token_loss_out) {
+  const Tokens<T> x = tokens;
+  const Vec<T> zero = Vec<T>::all(T(0));
+  LossSums<T> loss_sums = sums.loss;
+  MomentSums<T> m = sums.moments;
+  WeightSums<T> weight_sums = sums.weights;
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Vec<T> v = Vec<T>::load(x.v + i), ret = Vec<T>::load(x.ret + i), w;
+    Mask<T> valid;
+    if constexpr (kMask != MaskKind::kNone) {
+      valid = valid_lanes<T, kMask>(x, i);
+      v = select(valid, v, centre.value);
+      ret = select(valid, ret, centre.ret);
+    }
+    constexpr bool kWeighted = kMask == MaskKind::kWeights;
+    if constexpr (kWeighted) {
+      w = Vec<T>::load(x.weights + i);
+      weight_sums.weight = weight_sums.weight + w;
+    }
+    const Vec<T> dv = v - centre.value, dr = ret - centre.ret, de = dr - dv;
+    const Vec<T> wv = kWeighted ? w * dv : dv, wr = kWeighted ? w * dr : dr, we = kWeighted ? w * de : de;
+    m.value = m.value + wv;
+    m.value_sq = m.value_sq + wv * dv;
+    m.ret = m.ret + wr;
+    m.ret_sq = m.ret_sq + wr * dr;
+    m.error_sq = m.error_sq + we * de;
+    m.value_min = min(v, m.value_min);
+    m.value_max = max(v, m.value_max);
+
+    const LossLanes<T> l = token_loss<T, kClip>(v, x.old + i, ret, range);
+    Vec<T> loss = l.unclipped;
+    if constexpr (kClip) {
+      loss = max(l.unclipped, l.clipped);  // NaN where R or old is; see nan_values for v
+      Mask<T> clipped = l.clipped > l.unclipped, outside = l.vc != v;
+      if constexpr (kMask != MaskKind::kNone) {
+        clipped = clipped & valid;
+        outside = outside & valid;
+      }
+      if constexpr (kWeighted) {
+        weight_sums.clipped = weight_sums.clipped + select(clipped, w, zero);
+        weight_sums.outside = weight_sums.outside + select(outside, w, zero);
+      } else {
+        loss_sums.clipped = loss_sums.clipped + clipped;
+        loss_sums.outside = loss_sums.outside + outside;
+      }
+    }
+    if constexpr (kWeighted) loss = w * loss;
+    if constexpr (kMask != MaskKind::kNone) loss = select(valid, loss, zero);
+    if (token_loss_out != nullptr) (loss * Vec<T>::all(T(0.5))).store(token_loss_out + i);
+    loss_sums.loss = loss_sums.loss + loss;
   }
-  const Vec<T> dv = v - centre_v, dr = ret - centre_r, de = dr - dv;
-  constexpr bool kWeighted = kMask == MaskKind::kWeights;
-  const Vec<T> wv = kWeighted ? w * dv : dv, wr = kWeighted ? w * dr : dr, we = kWeighted ? w * de : de;
-  s.value = s.value + wv;
-  s.value_sq = s.value_sq + wv * dv;
-  s.ret = s.ret + wr;
-  s.ret_sq = s.ret_sq + wr * dr;
-  s.error_sq = s.error_sq + we * de;
-  s.value_min = min(v, s.value_min);
-  s.value_max = max(v, s.value_max);
+  sums.loss = loss_sums;
+  sums.moments = m;
+  if constexpr (kMask == MaskKind::kWeights) sums.weights = weight_sums;
+}
+
+template <typename T, bool kClip>
+inline void accumulate(MaskKind mask, Sums<T>& s, const Tokens<T>& x, int64_t begin, int64_t end, const ClipRange<T>& range, const Centre<T>& centre, T* token_loss_out) {
+  switch (mask) {
+    case MaskKind::kNone: return accumulate<T, kClip, MaskKind::kNone>(s, x, begin, end, range, centre, token_loss_out);
+    case MaskKind::kFlags: return accumulate<T, kClip, MaskKind::kFlags>(s, x, begin, end, range, centre, token_loss_out);
+    case MaskKind::kWeights: return accumulate<T, kClip, MaskKind::kWeights>(s, x, begin, end, range, centre, token_loss_out);
+  }
+}
+
+// The loss of a NaN value, which clipping hides: the sum of those in a tile (0 without any), also written for each token.
+template <typename T>
+inline double nan_values(const Tokens<T>& x, int64_t n, T* token_loss_out) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (x.v[i] == x.v[i] || !x.valid(i)) continue;
+    sum += double(x.v[i]);
+    if (token_loss_out != nullptr) token_loss_out[i] = x.v[i];
+  }
+  return sum;
 }
 
 inline void add_centred(double* moments, Moment first, double weight, double centre, double sum, double sum_sq) {
@@ -150,153 +279,148 @@ inline void add_centred(double* moments, Moment first, double weight, double cen
   moments[first + 1] += weight * centre * centre + 2 * centre * sum + sum_sq;
 }
 
-template <typename T, bool kClip, MaskKind kMask>
-inline void loss_tile(const T* v, const T* old, const T* ret, const T* w, int64_t n, T low, T high, double* moments, T* token_loss_out) {
-  int64_t first = 0;
-  while (first < n && w[first] == T(0)) ++first;
-  if (first == n) {
+template <typename T, bool kClip>
+inline void loss_tile(const Tokens<T>& x, int64_t n, T low, T high, double* moments, T* token_loss_out) {
+  const Occupancy there(x, n);
+  if (there.valid == 0) {
     if (token_loss_out != nullptr) std::fill(token_loss_out, token_loss_out + n, T(0));
     return;
   }
-  const Vec<T> lows = Vec<T>::all(low), highs = Vec<T>::all(high);
-  const Vec<T> centre_v = Vec<T>::all(v[first]), centre_r = Vec<T>::all(ret[first]);
-  LossSums<T> s = {};
-  MomentSums<T> m = {};
-  m.value_min = m.value_max = centre_v;
+  const int64_t first = x.first_valid();
+  const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
+  const Centre<T> centre = {Vec<T>::all(x.v[first]), Vec<T>::all(x.ret[first])};
+  Sums<T> s = {};
+  s.moments.value_min = s.moments.value_max = centre.value;
+  for_each_stretch(
+      x, there, n, [&](int64_t begin, int64_t end, MaskKind mask) { accumulate<T, kClip>(mask, s, x, begin, end, range, centre, token_loss_out); },
+      [&](int64_t begin, int64_t end) {
+        if (token_loss_out != nullptr) std::fill(token_loss_out + begin, token_loss_out + end, T(0));
+      });
   const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    accumulate_loss<T, kClip, kMask>(s, v + i, kClip ? old + i : nullptr, ret + i, w + i, lows, highs, token_loss_out != nullptr ? token_loss_out + i : nullptr);
-  }
-  for (int64_t i = 0; i < whole; i += kLanes) accumulate_moments<T, kMask>(m, v + i, ret + i, w + i, centre_v, centre_r);
-  double tokens = kMask == MaskKind::kNone ? double(whole) : 0;
-  if (whole < n) {  // the last n % kLanes tokens, padded with masked ones
-    T tail[4][kLanes] = {}, out[kLanes];
-    std::copy(v + whole, v + n, tail[0]);
-    if constexpr (kClip) std::copy(old + whole, old + n, tail[1]);
-    std::copy(ret + whole, ret + n, tail[2]);
-    std::copy(w + whole, w + n, tail[3]);
-    constexpr MaskKind kTailMask = kMask == MaskKind::kNone ? MaskKind::kFlags : kMask;
-    accumulate_loss<T, kClip, kTailMask>(s, tail[0], tail[1], tail[2], tail[3], lows, highs, out);
-    accumulate_moments<T, kTailMask>(m, tail[0], tail[2], tail[3], centre_v, centre_r);
+  const bool weighted = x.mask == MaskKind::kWeights;
+  if (whole < n) {
+    const Tail<T> tail(x, whole, n);
+    const MaskKind mask = weighted ? MaskKind::kWeights : MaskKind::kFlags;
+    T out[kLanes];
+    accumulate<T, kClip>(mask, s, tail.tokens(mask), 0, kLanes, range, centre, token_loss_out != nullptr ? out : nullptr);
     if (token_loss_out != nullptr) std::copy(out, out + (n - whole), token_loss_out + whole);
   }
-  tokens += count(s.tokens);
-  constexpr bool kWeighted = kMask == MaskKind::kWeights;
-  const double weight = kWeighted ? sum(s.weight) : tokens, sum_v = sum(m.value), sum_r = sum(m.ret);
-  const double cv = first_lane(centre_v), cr = first_lane(centre_r), ce = first_lane(centre_r - centre_v);
-  moments[kTokens] += tokens;
+  const double weight = weighted ? sum(s.weights.weight) : double(there.valid), sum_v = sum(s.moments.value), sum_r = sum(s.moments.ret);
+  const double cv = first_lane(centre.value), cr = first_lane(centre.ret), ce = first_lane(centre.ret - centre.value);
+  moments[kTokens] += double(there.valid);
   moments[kWeight] += weight;
-  moments[kLoss] += 0.5 * sum(s.loss);
-  moments[kClipped] += kWeighted ? sum(s.clipped_weight) : count(s.clipped);
-  moments[kOutside] += kWeighted ? sum(s.outside_weight) : count(s.outside);
-  add_centred(moments, kValue, weight, cv, sum_v, sum(m.value_sq));
-  add_centred(moments, kReturn, weight, cr, sum_r, sum(m.ret_sq));
-  add_centred(moments, kError, weight, ce, sum_r - sum_v, sum(m.error_sq));
-  T lanes[kLanes];
-  m.value_min.store(lanes);
-  for (T x : lanes) moments[kValueMin] = std::min(moments[kValueMin], double(x));
-  m.value_max.store(lanes);
-  for (T x : lanes) moments[kValueMax] = std::max(moments[kValueMax], double(x));
-}
-
-template <typename T, bool kClip>
-inline void loss_tile(MaskKind mask, const T* v, const T* old, const T* ret, const T* w, int64_t n, T low, T high, double* moments, T* token_loss_out) {
-  switch (mask) {
-    case MaskKind::kNone: return loss_tile<T, kClip, MaskKind::kNone>(v, old, ret, w, n, low, high, moments, token_loss_out);
-    case MaskKind::kFlags: return loss_tile<T, kClip, MaskKind::kFlags>(v, old, ret, w, n, low, high, moments, token_loss_out);
-    case MaskKind::kWeights: return loss_tile<T, kClip, MaskKind::kWeights>(v, old, ret, w, n, low, high, moments, token_loss_out);
+  moments[kLoss] += 0.5 * sum(s.loss.loss);
+  if (sum_v - sum_v != 0) moments[kLoss] += nan_values(x, n, token_loss_out);
+  if constexpr (kClip) {
+    moments[kClipped] += weighted ? sum(s.weights.clipped) : count(s.loss.clipped);
+    moments[kOutside] += weighted ? sum(s.weights.outside) : count(s.loss.outside);
   }
+  add_centred(moments, kValue, weight, cv, sum_v, sum(s.moments.value_sq));
+  add_centred(moments, kReturn, weight, cr, sum_r, sum(s.moments.ret_sq));
+  add_centred(moments, kError, weight, ce, sum_r - sum_v, sum(s.moments.error_sq));
+  moments[kValueMin] = std::min(moments[kValueMin], double(lowest(s.moments.value_min)));
+  moments[kValueMax] = std::max(moments[kValueMax], double(highest(s.moments.value_max)));
 }
 
 template <typename T>
 void loss_forward(const ValueLossParams& p, const TileSpec& tile, T low, T high, double* moments, T* token_loss_out, T* token_weight) {
-  alignas(64) T scratch[4][kTile];
+  TokenScratch<T> scratch;
   const int64_t n = tile.lines * tile.length;
-  const MaskTile<T> mask = load_mask(p.mask, tile, scratch[2]);
-  if (mask.empty) {
-    if (token_loss_out != nullptr) std::fill(token_loss_out, token_loss_out + n, T(0));
-    if (token_weight != nullptr) std::fill(token_weight, token_weight + n, T(0));
-    return;
-  }
-  const T* v = load_tile(p.values, tile, scratch[0]);
-  const T* ret = load_tile(p.returns, tile, scratch[1]);
-  const T* w = mask.weights;
+  const Tokens<T> x = load_tokens(p, tile, scratch);
   if (p.clip) {
-    loss_tile<T, true>(mask.kind, v, load_tile(p.old_values, tile, scratch[3]), ret, w, n, low, high, moments, token_loss_out);
+    loss_tile<T, true>(x, n, low, high, moments, token_loss_out);
   } else {
-    loss_tile<T, false>(mask.kind, v, nullptr, ret, w, n, low, high, moments, token_loss_out);
+    loss_tile<T, false>(x, n, low, high, moments, token_loss_out);
   }
-  if (token_weight != nullptr) std::copy(w, w + n, token_weight);
+  for (int64_t i = 0; token_weight != nullptr && i < n; ++i) token_weight[i] = x.weight(i);
 }
 
-// upstream: what a token's own gradient v - R is multiplied by, its weight included.
-template <typename T, bool kClip>
-FUSED_CRITIC_INLINE void grad_lanes(const T* v, const T* old, const T* ret, const T* w, const Vec<T>& upstream, const Vec<T>& low, const Vec<T>& high, T* out) {
+// What a token's own gradient v - R is multiplied by, its weight included: one number for the tile, or one for each token.
+template <typename T>
+struct Upstream {
+  Vec<T> all;
+  const T* each;  // or null
+};
+
+// Gradients of the groups of kLanes tokens in [begin, end). Returns lanes that are NaN if an old value was.
+template <typename T, bool kClip, bool kFlags, bool kEach>
+FUSED_CRITIC_INLINE Vec<T> grad_stretch(const Tokens<T>& tokens, int64_t begin, int64_t end, const Upstream<T>& upstream, const ClipRange<T>& range, T* out) {
+  const Tokens<T> x = tokens;
   const Vec<T> zero = Vec<T>::all(T(0));
-  const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(v), kClip ? Vec<T>::load(old) : zero, Vec<T>::load(ret), low, high);
-  Vec<T> grad = l.d;
-  if constexpr (kClip) grad = select(l.unclipped >= l.clipped, grad, (grad * zero) * l.dc);  // 0, or NaN where one of the two is
-  select(Vec<T>::load(w) != zero, upstream * grad, zero).store(out);
+  Vec<T> poison = zero;
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(x.v + i), x.old + i, Vec<T>::load(x.ret + i), range);
+    Vec<T> grad = l.d;
+    if constexpr (kClip) {
+      grad = select(l.clipped > l.unclipped, zero, grad);  // NaN where v or R is
+      poison = poison + l.dc;
+    }
+    grad = grad * (kEach ? Vec<T>::load(upstream.each + i) : upstream.all);
+    if constexpr (kFlags) grad = select(nonzero<T>(x.flags + i), grad, zero);
+    grad.store(out + i);
+  }
+  return poison;
 }
 
-// upstream per token, or where that is null one for all.
-template <typename T, bool kClip>
-inline void grad_tile(const T* v, const T* old, const T* ret, const T* w, const T* upstream, T uniform, int64_t n, T low, T high, T* out) {
-  const Vec<T> lows = Vec<T>::all(low), highs = Vec<T>::all(high), uniforms = Vec<T>::all(uniform);
+template <typename T, bool kClip, bool kEach>
+inline void grad_tile(const Tokens<T>& x, int64_t n, const Upstream<T>& upstream, T low, T high, T* out) {
+  const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
+  const Occupancy there(x, n);
+  Vec<T> poison = Vec<T>::all(T(0));
+  for_each_stretch(
+      x, there, n,
+      [&](int64_t begin, int64_t end, MaskKind mask) {
+        poison = poison + (mask == MaskKind::kNone ? grad_stretch<T, kClip, false, kEach>(x, begin, end, upstream, range, out)
+                                                   : grad_stretch<T, kClip, true, kEach>(x, begin, end, upstream, range, out));
+      },
+      [&](int64_t begin, int64_t end) { std::fill(out + begin, out + end, T(0)); });
   const int64_t whole = n / kLanes * kLanes;
-  if (upstream == nullptr) {
-    for (int64_t i = 0; i < whole; i += kLanes) grad_lanes<T, kClip>(v + i, kClip ? old + i : nullptr, ret + i, w + i, uniforms, lows, highs, out + i);
-  } else {
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      grad_lanes<T, kClip>(v + i, kClip ? old + i : nullptr, ret + i, w + i, Vec<T>::load(upstream + i), lows, highs, out + i);
-    }
+  if (whole < n) {
+    const Tail<T> tail(x, whole, n);
+    T each[kLanes] = {}, last[kLanes];
+    if constexpr (kEach) std::copy(upstream.each + whole, upstream.each + n, each);
+    poison = poison + grad_stretch<T, kClip, true, kEach>(tail.tokens(MaskKind::kFlags), 0, kLanes, {upstream.all, each}, range, last);
+    std::copy(last, last + (n - whole), out + whole);
   }
-  if (whole == n) return;
-  T tail[5][kLanes] = {}, last[kLanes];  // as in loss_tile
-  std::copy(v + whole, v + n, tail[0]);
-  if constexpr (kClip) std::copy(old + whole, old + n, tail[1]);
-  std::copy(ret + whole, ret + n, tail[2]);
-  std::copy(w + whole, w + n, tail[3]);
-  if (upstream != nullptr) std::copy(upstream + whole, upstream + n, tail[4]);
-  grad_lanes<T, kClip>(tail[0], tail[1], tail[2], tail[3], upstream != nullptr ? Vec<T>::load(tail[4]) : uniforms, lows, highs, last);
-  std::copy(last, last + (n - whole), out + whole);
+  const double poisoned = sum(poison);
+  if (!kClip || poisoned == poisoned) return;
+  for (int64_t i = 0; i < n; ++i) {
+    if (x.old[i] != x.old[i] && x.valid(i)) out[i] = x.old[i];
+  }
 }
 
 template <typename T>
 void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low, T high, double scale, const T* seq_factor) {
-  alignas(64) T scratch[6][kTile];
-  const int64_t n = tile.lines * tile.length;
+  TokenScratch<T> scratch;
+  alignas(64) T each[kTile], grad[kTile];
+  const Rect rect = {tile.lines, tile.length};
+  const int64_t n = rect.size();
   const Placement at = place(tile, p.grad_values.seq_stride, p.grad_values.time_stride);
-  T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
-  T* out = direct != nullptr ? direct : scratch[5];
-  const auto finish = [&] {
-    if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, Rect{tile.lines, tile.length});
-  };
-  const MaskTile<T> mask = load_mask(p.mask, tile, scratch[2]);
-  if (mask.empty) {
-    std::fill(out, out + n, T(0));
-    return finish();
-  }
-  const T* v = load_tile(p.values, tile, scratch[0]);
-  const T* ret = load_tile(p.returns, tile, scratch[1]);
-  const T* w = mask.weights;
+  T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, rect);
+  T* out = direct != nullptr ? direct : grad;
+  Tokens<T> x = load_tokens(p, tile, scratch);
   // The incoming gradient and the call's scale; then the sequence's factor and the weight.
-  const bool one_gradient = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0, weights = mask.kind == MaskKind::kWeights;
+  const bool one_gradient = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0, weights = x.mask == MaskKind::kWeights;
   const T uniform = one_gradient ? T(double(*static_cast<const T*>(p.grad_loss.data)) * scale) : T(0);
-  T* upstream = nullptr;
+  Upstream<T> upstream = {Vec<T>::all(uniform), nullptr};
   if (!one_gradient || seq_factor != nullptr || weights) {
-    upstream = scratch[4];
-    const T* grad_loss = one_gradient ? nullptr : load_tile(p.grad_loss, tile, scratch[4]);
-    for (int64_t i = 0; i < n; ++i) upstream[i] = one_gradient ? uniform : T(double(grad_loss[i]) * scale);
-    for (int64_t i = 0; seq_factor != nullptr && i < n; ++i) upstream[i] *= seq_factor[i];
-    for (int64_t i = 0; weights && i < n; ++i) upstream[i] *= w[i];
+    const T* grad_loss = one_gradient ? nullptr : load_tile(p.grad_loss, tile, each);
+    for (int64_t i = 0; i < n; ++i) each[i] = one_gradient ? uniform : T(double(grad_loss[i]) * scale);
+    for (int64_t i = 0; seq_factor != nullptr && i < n; ++i) each[i] *= seq_factor[i];
+    for (int64_t i = 0; weights && i < n; ++i) each[i] *= x.weights[i];
+    upstream.each = each;
+  }
+  if (weights) {  // all that is left of them
+    for (int64_t i = 0; i < n; ++i) scratch.flags[i] = x.weights[i] != T(0);
+    x.mask = MaskKind::kFlags;
+    x.flags = scratch.flags;
   }
   if (p.clip) {
-    grad_tile<T, true>(v, load_tile(p.old_values, tile, scratch[3]), ret, w, upstream, uniform, n, low, high, out);
+    upstream.each != nullptr ? grad_tile<T, true, true>(x, n, upstream, low, high, out) : grad_tile<T, true, false>(x, n, upstream, low, high, out);
   } else {
-    grad_tile<T, false>(v, nullptr, ret, w, upstream, uniform, n, low, high, out);
+    upstream.each != nullptr ? grad_tile<T, false, true>(x, n, upstream, low, high, out) : grad_tile<T, false, false>(x, n, upstream, low, high, out);
   }
-  finish();
+  if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, rect);
 }
 
 template <typename T>
