@@ -143,6 +143,98 @@ def test_nan_at_a_valid_token_shows(device, position):
     assert int(grad.isnan().sum()) == 1
 
 
+# Where the kernels cut the tokens: groups of 8, blocks of 64 flags, tiles of 1024.
+EDGES = [0, 7, 8, 63, 64, 1023, 1024, 2047, 2048, 2050]
+
+
+def losses_and_slopes(values, old, returns):
+    """Of each token, as the formula reads; NaN comes through."""
+    clipped_values = torch.minimum(torch.maximum(values, old - 0.2), old + 0.2)
+    clipped, unclipped = (clipped_values - returns) ** 2, (values - returns) ** 2
+    slopes = torch.where(clipped > unclipped, 0, values - returns)
+    return 0.5 * torch.maximum(clipped, unclipped), torch.where(clipped_values.isnan(), math.nan, slopes)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2], ids=["values", "old values", "returns"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+@pytest.mark.parametrize("masked", ["nothing", "some", "all but some"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_poison_stays_where_it_is(device, position, poison, masked, time_dim):
+    """Each edge has a row, or column, of its own, and the first one none."""
+    generator = torch.Generator().manual_seed(16)
+    tensors = draw_inputs((len(EDGES) + 1, 2051), generator, "cpu", [torch.float32] * 3, ["contiguous"] * 3)
+    for row, edge in enumerate(EDGES, 1):
+        tensors[position][row, edge] = poison
+    mask = torch.rand(tensors[0].shape, generator=generator) < {"nothing": 2.0, "some": 0.6, "all but some": 0.01}[masked]
+    for row, edge in enumerate(EDGES[::2]):
+        mask[1 + 2 * row, edge] = True
+        mask[2 + 2 * row, EDGES[2 * row + 1]] = masked == "nothing"
+    losses, slopes = losses_and_slopes(*tensors)
+    losses, slopes = (torch.where(mask, x, 0) for x in (losses, slopes))
+
+    def arrange(x):
+        return x.to(device) if time_dim == -1 else x.t().contiguous().to(device)
+
+    arguments = [arrange(x) for x in (*tensors, mask)]
+    loss, grad, _ = run(*arguments, reduction="none", time_dim=time_dim)
+    torch.testing.assert_close(loss, arrange(losses), rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(grad, arrange(slopes), rtol=1e-6, atol=1e-6, equal_nan=True)
+    total, grad, _ = run(*arguments, reduction="token-sum", time_dim=time_dim)
+    torch.testing.assert_close(total.cpu(), losses.double().sum().float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(grad, arrange(slopes), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
+def test_masks_cut_anywhere(device, clip_range):
+    """Padding on either side and turns that begin or end beside the edges of blocks and tiles."""
+    length = 1100
+    cuts = torch.tensor([*range(0, 19), *range(50, 80), *range(1010, 1040), *range(length - 18, length + 1)])[:, None]
+    t = torch.arange(length)
+    mask = torch.cat([t < cuts, t >= cuts, (t >= cuts) & (t < cuts + 65), (t < cuts) | (t >= cuts + 63)])
+    generator = torch.Generator().manual_seed(17)
+    tensors = draw_inputs(mask.shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
+    whole, whole_grad, _ = run(*tensors, reduction="none", clip_range=clip_range)
+    valid = mask.to(device)
+    losses, grads = torch.where(valid, whole, 0), torch.where(valid, whole_grad, 0)
+    poisoned = [torch.where(valid, x, math.nan) for x in tensors]
+    for kind in (torch.bool, torch.uint8, torch.int64, torch.float32):
+        loss, grad, _ = run(*poisoned, valid.to(kind) * 1, reduction="none", clip_range=clip_range)
+        cases.assert_same_bits(loss, losses)
+        cases.assert_same_bits(grad, grads + 0.0)
+    values, _, returns = (x.double().cpu() for x in tensors)
+    for row in range(0, len(mask), 3):
+        total, _, stats = run(*(x[row : row + 1] for x in (*poisoned, valid)), reduction="token-sum", clip_range=clip_range)
+        v, r = values[row][mask[row]], returns[row][mask[row]]
+        assert stats.num_tokens.item() == len(v)
+        assert math.isclose(total.item(), losses[row].double().sum().item(), rel_tol=1e-5, abs_tol=1e-6)
+        if len(v) == 0:
+            continue
+        expected = {
+            "value_mean": v.mean(),
+            "value_min": v.min(),
+            "value_max": v.max(),
+            "return_mean": r.mean(),
+            "error_var": (r - v).var(correction=0),
+        }
+        for name, value in expected.items():
+            assert math.isclose(getattr(stats, name).item(), value.item(), rel_tol=1e-5, abs_tol=1e-5), name
+
+
+@pytest.mark.parametrize("mask_dtype", cases.MASKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_converted_exactly(device, mask_dtype, dtype):
+    """The same numbers as float32 give the same loss, and the rounded gradient."""
+    generator = torch.Generator().manual_seed(18)
+    half = draw_inputs((3, 1100), generator, device, [dtype, dtype, torch.float32], ["contiguous"] * 3)
+    mask = cases.mask((3, 1100), mask_dtype, generator)
+    mask = mask if mask is None else mask.to(device)
+    loss, grad, stats = run(*half, mask, reduction="token-sum")
+    whole_loss, whole_grad, whole_stats = run(*(x.float() for x in half), mask, reduction="token-sum")
+    cases.assert_same_bits(grad, whole_grad.to(dtype))
+    cases.assert_close(loss, whole_loss, 1e-6)
+    cases.assert_close(stats.moments, whole_stats.moments, 1e-6)
+
+
 def test_clip_is_exact_inside_the_range(device):
     """old + clamp(v - old) would move v by an ulp and count some of these as clipped."""
     generator = torch.Generator().manual_seed(2)
@@ -172,13 +264,18 @@ def test_gradient_at_ties(device):
     assert stats.clip_fraction.item() == 0
 
 
-def test_statistics_far_from_zero(device):
+@pytest.mark.parametrize("valid", ["random", "padding", "all"])
+def test_statistics_far_from_zero(device, valid):
     """Mean 1e4 and standard deviation 1: float32 sums of squares would leave nothing of the variance."""
     generator = torch.Generator().manual_seed(3)
     returns = 1e4 + torch.randn(16, 1000, generator=generator, dtype=torch.float64)
     values = (returns + 0.5 * torch.randn(16, 1000, generator=generator, dtype=torch.float64)).float()
     returns = returns.float()
-    mask = cases.mask((16, 1000), torch.bool, generator)
+    mask = {
+        "random": cases.mask((16, 1000), torch.bool, generator),
+        "padding": torch.arange(1000) < torch.linspace(1, 1000, 16)[:, None],
+        "all": torch.ones(16, 1000, dtype=torch.bool),
+    }[valid]
     stats = fused_critic.value_loss(values.to(device), values.to(device), returns.to(device), mask.to(device)).stats
     v, r = values.double()[mask], returns.double()[mask]
     expected = {"value_var": v.var(correction=0), "return_var": r.var(correction=0), "error_var": (r - v).var(correction=0)}

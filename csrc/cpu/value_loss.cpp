@@ -279,12 +279,15 @@ void value_loss_backward(const ValueLossBackwardParams& p) {
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     T factor[kTile];
     for_each_row_tile(p.layout, seqs, first * kChunk, std::min(tokens, last * kChunk), [&](const RowTile& tile) {
-      for (int64_t s = tile.first_seq; seq_scale != nullptr && s <= tile.last_seq; ++s) {
+      if (seq_scale == nullptr || tile.first_seq == tile.last_seq) {
+        return kernel.backward(p, tile.spec, low, high, seq_scale != nullptr ? scale * seq_scale[tile.first_seq] : scale, nullptr);
+      }
+      for (int64_t s = tile.first_seq; s <= tile.last_seq; ++s) {
         const int64_t size = tile.spec.lines * tile.spec.length;
         const int64_t from = std::max<int64_t>(0, seqs.start(s) - tile.first_token), to = std::min(size, seqs.start(s + 1) - tile.first_token);
         std::fill(factor + from, factor + to, T(seq_scale[s]));
       }
-      kernel.backward(p, tile.spec, low, high, scale, seq_scale != nullptr ? factor : nullptr);
+      kernel.backward(p, tile.spec, low, high, scale, factor);
     });
   });
 }

@@ -29,7 +29,6 @@ struct Tokens {
   const T* weights;        // kWeights
 
   bool valid(int64_t i) const { return mask == MaskKind::kFlags ? flags[i] != 0 : mask == MaskKind::kNone || weights[i] != T(0); }
-  T weight(int64_t i) const { return mask == MaskKind::kWeights ? weights[i] : valid(i) ? T(1) : T(0); }
 
   // The first valid token of n; there is one.
   int64_t first_valid() const {
@@ -49,27 +48,32 @@ struct TokenScratch {
   alignas(64) int8_t flags[kTile];
 };
 
-template <typename T, typename Params>
-inline Tokens<T> load_tokens(const Params& p, const TileSpec& tile, TokenScratch<T>& scratch) {
+template <typename T>
+inline Tokens<T> load_mask(const Operand& mask, const TileSpec& tile, TokenScratch<T>& scratch) {
   Tokens<T> x = {};
+  if (mask.data == nullptr) return x;
+  const DType dtype = mask.dtype;
+  if (dtype == DType::kFloat64 || dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16) {
+    x.mask = MaskKind::kWeights;
+    x.weights = load_tile(mask, tile, scratch.weights);
+  } else {
+    x.mask = MaskKind::kFlags;
+    x.flags = load_tile(mask, tile, scratch.flags);
+  }
+  return x;
+}
+
+template <typename T, typename Params>
+inline void load_values(const Params& p, const TileSpec& tile, TokenScratch<T>& scratch, Tokens<T>& x) {
   x.v = load_tile(p.values, tile, scratch.v);
   if (p.clip) x.old = load_tile(p.old_values, tile, scratch.old);
   x.ret = load_tile(p.returns, tile, scratch.ret);
-  if (p.mask.data == nullptr) return x;
-  const DType dtype = p.mask.dtype;
-  if (dtype == DType::kFloat64 || dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16) {
-    x.mask = MaskKind::kWeights;
-    x.weights = load_tile(p.mask, tile, scratch.weights);
-  } else {
-    x.mask = MaskKind::kFlags;
-    x.flags = load_tile(p.mask, tile, scratch.flags);
-  }
-  return x;
 }
 
 // Flags are looked at by blocks: padding and turns leave most of them all set or all clear, which saves the masking or the work itself.
 constexpr int64_t kFlagBlock = 64;
 
+// How many of a tile's tokens are there.
 struct Occupancy {
   int64_t valid;                         // tokens
   uint8_t in_block[kTile / kFlagBlock];  // of them, where flags are mixed
@@ -80,7 +84,7 @@ struct Occupancy {
     if (x.mask == MaskKind::kFlags && x.flags[0] != 0 && std::memchr(x.flags, 0, size_t(n)) == nullptr) return;
     valid = 0;
     if (x.mask == MaskKind::kFlags && x.flags[0] == 0 && std::memcmp(x.flags, x.flags + 1, size_t(n - 1)) == 0) return;
-    for (int64_t block = 0; block * kFlagBlock < n; ++block) {
+    for (int64_t block = 0; block < kTile / kFlagBlock && block * kFlagBlock < n; ++block) {
       const int64_t begin = block * kFlagBlock, end = std::min(n, begin + kFlagBlock);
       uint8_t sum = 0;  // of few bits, so that vectors hold many
       if (x.mask == MaskKind::kFlags) {
@@ -97,7 +101,6 @@ struct Occupancy {
 template <typename T, typename Visit, typename Clear>
 FUSED_CRITIC_INLINE void for_each_stretch(const Tokens<T>& x, const Occupancy& there, int64_t n, const Visit& visit, const Clear& clear) {
   const int64_t whole = n / kLanes * kLanes;
-  if (there.valid == 0) return clear(0, whole);
   if (x.mask == MaskKind::kWeights) return visit(0, whole, x.mask);
   if (there.valid == n) return visit(0, whole, MaskKind::kNone);
   enum class Block { kClear, kSet, kMixed };
@@ -127,7 +130,7 @@ struct Tail {
     std::copy(x.v + from, x.v + n, v);
     if (x.old != nullptr) std::copy(x.old + from, x.old + n, old);
     std::copy(x.ret + from, x.ret + n, ret);
-    for (int64_t i = from; i < n; ++i) flags[i - from] = x.valid(i);
+    for (int64_t i = 0; i < kLanes && from + i < n; ++i) flags[i] = x.valid(from + i);
     if (x.mask == MaskKind::kWeights) std::copy(x.weights + from, x.weights + n, weights);
   }
   Tokens<T> tokens(MaskKind mask) const { return {v, old, ret, mask, flags, weights}; }
@@ -226,7 +229,7 @@ FUSED_CRITIC_NOINLINE void accumulate(Sums<T>& sums, const Tokens<T>& tokens, in
     m.value_min = min(v, m.value_min);
     m.value_max = max(v, m.value_max);
 
-    const LossLanes<T> l = token_loss<T, kClip>(v, x.old + i, ret, range);
+    const LossLanes<T> l = token_loss<T, kClip>(v, kClip ? x.old + i : nullptr, ret, range);
     Vec<T> loss = l.unclipped;
     if constexpr (kClip) {
       loss = max(l.unclipped, l.clipped);  // NaN where R or old is; see nan_values for v
@@ -280,12 +283,7 @@ inline void add_centred(double* moments, Moment first, double weight, double cen
 }
 
 template <typename T, bool kClip>
-inline void loss_tile(const Tokens<T>& x, int64_t n, T low, T high, double* moments, T* token_loss_out) {
-  const Occupancy there(x, n);
-  if (there.valid == 0) {
-    if (token_loss_out != nullptr) std::fill(token_loss_out, token_loss_out + n, T(0));
-    return;
-  }
+inline void loss_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, T low, T high, double* moments, T* token_loss_out) {
   const int64_t first = x.first_valid();
   const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
   const Centre<T> centre = {Vec<T>::all(x.v[first]), Vec<T>::all(x.ret[first])};
@@ -326,13 +324,25 @@ template <typename T>
 void loss_forward(const ValueLossParams& p, const TileSpec& tile, T low, T high, double* moments, T* token_loss_out, T* token_weight) {
   TokenScratch<T> scratch;
   const int64_t n = tile.lines * tile.length;
-  const Tokens<T> x = load_tokens(p, tile, scratch);
-  if (p.clip) {
-    loss_tile<T, true>(x, n, low, high, moments, token_loss_out);
-  } else {
-    loss_tile<T, false>(x, n, low, high, moments, token_loss_out);
+  Tokens<T> x = load_mask(p.mask, tile, scratch);
+  const Occupancy there(x, n);
+  if (there.valid == 0) {
+    if (token_loss_out != nullptr) std::fill(token_loss_out, token_loss_out + n, T(0));
+    if (token_weight != nullptr) std::fill(token_weight, token_weight + n, T(0));
+    return;
   }
-  for (int64_t i = 0; token_weight != nullptr && i < n; ++i) token_weight[i] = x.weight(i);
+  load_values(p, tile, scratch, x);
+  if (p.clip) {
+    loss_tile<T, true>(x, there, n, low, high, moments, token_loss_out);
+  } else {
+    loss_tile<T, false>(x, there, n, low, high, moments, token_loss_out);
+  }
+  if (token_weight == nullptr) return;
+  switch (x.mask) {
+    case MaskKind::kNone: std::fill(token_weight, token_weight + n, T(1)); break;
+    case MaskKind::kFlags: std::transform(x.flags, x.flags + n, token_weight, [](int8_t flag) { return T(flag != 0); }); break;
+    case MaskKind::kWeights: std::copy(x.weights, x.weights + n, token_weight); break;
+  }
 }
 
 // What a token's own gradient v - R is multiplied by, its weight included: one number for the tile, or one for each token.
@@ -349,7 +359,7 @@ FUSED_CRITIC_INLINE Vec<T> grad_stretch(const Tokens<T>& tokens, int64_t begin, 
   const Vec<T> zero = Vec<T>::all(T(0));
   Vec<T> poison = zero;
   for (int64_t i = begin; i < end; i += kLanes) {
-    const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(x.v + i), x.old + i, Vec<T>::load(x.ret + i), range);
+    const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(x.v + i), kClip ? x.old + i : nullptr, Vec<T>::load(x.ret + i), range);
     Vec<T> grad = l.d;
     if constexpr (kClip) {
       grad = select(l.clipped > l.unclipped, zero, grad);  // NaN where v or R is
@@ -363,9 +373,8 @@ FUSED_CRITIC_INLINE Vec<T> grad_stretch(const Tokens<T>& tokens, int64_t begin, 
 }
 
 template <typename T, bool kClip, bool kEach>
-inline void grad_tile(const Tokens<T>& x, int64_t n, const Upstream<T>& upstream, T low, T high, T* out) {
+inline void grad_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, const Upstream<T>& upstream, T low, T high, T* out) {
   const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
-  const Occupancy there(x, n);
   Vec<T> poison = Vec<T>::all(T(0));
   for_each_stretch(
       x, there, n,
@@ -398,7 +407,16 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
   const Placement at = place(tile, p.grad_values.seq_stride, p.grad_values.time_stride);
   T* direct = direct_rect<T>(p.grad_values, at.origin, at.line_stride, at.stride, rect);
   T* out = direct != nullptr ? direct : grad;
-  Tokens<T> x = load_tokens(p, tile, scratch);
+  Tokens<T> x = load_mask(p.mask, tile, scratch);
+  const Occupancy there(x, n);
+  const auto finish = [&] {
+    if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, rect);
+  };
+  if (there.valid == 0) {
+    std::fill(out, out + n, T(0));
+    return finish();
+  }
+  load_values(p, tile, scratch, x);
   // The incoming gradient and the call's scale; then the sequence's factor and the weight.
   const bool one_gradient = p.grad_loss.seq_stride == 0 && p.grad_loss.time_stride == 0, weights = x.mask == MaskKind::kWeights;
   const T uniform = one_gradient ? T(double(*static_cast<const T*>(p.grad_loss.data)) * scale) : T(0);
@@ -416,11 +434,11 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
     x.flags = scratch.flags;
   }
   if (p.clip) {
-    upstream.each != nullptr ? grad_tile<T, true, true>(x, n, upstream, low, high, out) : grad_tile<T, true, false>(x, n, upstream, low, high, out);
+    upstream.each != nullptr ? grad_tile<T, true, true>(x, there, n, upstream, low, high, out) : grad_tile<T, true, false>(x, there, n, upstream, low, high, out);
   } else {
-    upstream.each != nullptr ? grad_tile<T, false, true>(x, n, upstream, low, high, out) : grad_tile<T, false, false>(x, n, upstream, low, high, out);
+    upstream.each != nullptr ? grad_tile<T, false, true>(x, there, n, upstream, low, high, out) : grad_tile<T, false, false>(x, there, n, upstream, low, high, out);
   }
-  if (direct == nullptr) store_rect(out, p.grad_values, at.origin, at.line_stride, at.stride, rect);
+  finish();
 }
 
 template <typename T>
