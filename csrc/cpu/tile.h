@@ -18,10 +18,10 @@ inline uint32_t float_to_bits(float f) {
 
 inline float bfloat16_to_float(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
 
-// Round to nearest even; NaN becomes the quiet NaN.
+// Round to nearest even; every NaN becomes the one of all ones.
 inline uint16_t float_to_bfloat16(float f) {
   const uint32_t u = float_to_bits(f);
-  return uint16_t((f != f ? 0x7FC00000u : u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+  return uint16_t(((u + 0x7FFFu + ((u >> 16) & 1u)) | -uint32_t(f != f)) >> 16);
 }
 
 // Exponent and mantissa move into float's fields; multiplying by 2^112 repairs the bias, for subnormals too. Inf and NaN get float's exponent.

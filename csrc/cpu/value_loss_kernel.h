@@ -31,9 +31,9 @@ struct Tokens {
   bool valid(int64_t i) const { return mask == MaskKind::kFlags ? flags[i] != 0 : mask == MaskKind::kNone || weights[i] != T(0); }
 
   // The first valid token of n; there is one.
-  int64_t first_valid() const {
+  int64_t first_valid(int64_t n) const {
     int64_t i = 0;
-    for (uint64_t word = 0; mask == MaskKind::kFlags; i += sizeof(word)) {
+    for (uint64_t word; mask == MaskKind::kFlags && i + int64_t(sizeof(word)) <= n; i += sizeof(word)) {
       std::memcpy(&word, flags + i, sizeof(word));
       if (word != 0) break;
     }
@@ -170,8 +170,8 @@ FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const T* old, const
 
 template <typename T>
 struct LossSums {
-  Vec<T> loss;              // without the factor 0.5
-  Mask<T> clipped, outside; // counters
+  Vec<T> loss;               // without the factor 0.5
+  Mask<T> clipped, outside;  // counters
 };
 
 // Value, return and error are summed about a centre (the tile's first valid token), so that their squares keep their digits when the mean is
@@ -284,7 +284,7 @@ inline void add_centred(double* moments, Moment first, double weight, double cen
 
 template <typename T, bool kClip>
 inline void loss_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, T low, T high, double* moments, T* token_loss_out) {
-  const int64_t first = x.first_valid();
+  const int64_t first = x.first_valid(n);
   const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
   const Centre<T> centre = {Vec<T>::all(x.v[first]), Vec<T>::all(x.ret[first])};
   Sums<T> s = {};
