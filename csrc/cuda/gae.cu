@@ -20,11 +20,11 @@ struct Discount {
 
   Discount() = default;
   Discount(const Number& gamma, const Number& lam, bool has_next_values)
-      : factors(gae_factors<T>(gamma.value, lam.value, has_next_values)), on_device(gamma.data != nullptr || lam.data != nullptr),
+      : factors(gae_factors<T>(gamma.value, lam.value)), on_device(gamma.data != nullptr || lam.data != nullptr),
         has_next_values(has_next_values), gamma(gamma), lam(lam) {}
 
   __device__ __forceinline__ GaeFactors<T> load() const {
-    return on_device ? gae_factors<T>(load_number(gamma), load_number(lam), has_next_values) : factors;
+    return on_device ? gae_factors<T>(load_number(gamma), load_number(lam)) : factors;
   }
 };
 
@@ -60,7 +60,6 @@ class GaeScan {
   using Scalar = T;
   static constexpr bool kReverse = true;
   static constexpr bool kConstantFactor = kConstant;
-  static constexpr bool kSmallTokens = true;
 
   using Params = GaeScanParams<T>;
 
@@ -72,8 +71,8 @@ class GaeScan {
   };
 
   struct Token {
-    T ret;    // the return if x = 0 entered the thread's first token,
-    T power;  // and how much it grows with that x (unset if kConstant)
+    T advantage;  // if the x that enters the thread's first valid token were that token's value,
+    T power;      // and how much it grows with x (unset if kConstant)
     T value;
     bool valid;
   };
@@ -107,14 +106,15 @@ class GaeScan {
   __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], T x) const {
     constexpr int N = At::kTokens;
     T advantage[N], ret[N];
+    x -= first_value(tokens);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       const Token& t = tokens[i];
       if (kConstant && j > 0 && j % kVec == 0) x *= powers_[kVec];
-      const T r = t.ret + (kConstant ? powers_[j % kVec] : t.power) * x;
-      ret[i] = t.valid ? r : T(0);
-      advantage[i] = ret[i] - t.value;
+      const T a = t.advantage + (kConstant ? powers_[j % kVec] : t.power) * x;
+      advantage[i] = t.valid ? a : T(0);
+      ret[i] = t.valid ? a + t.value : T(0);
     }
     at.write(p_.advantages, advantage);
     at.write(p_.returns, ret);
@@ -137,36 +137,63 @@ class GaeScan {
     at.numbers(p_.rewards, raw.reward, reward);
     at.numbers(p_.values, raw.value, value);
     if constexpr (kEnds == Ends::kAll) at.numbers(p_.next_values, raw.next_value, next_value);
-    T x = T(0), power = T(1);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      tokens[i].value = value[i];
+      tokens[i].valid = kConstant || at.test(raw.valid, i);
+    }
+    // The next value is that of the next valid token, if next_values do not say otherwise.
+    const bool follows = kEnds != Ends::kAll || !p_.discount.has_next_values;
+    const T first = first_value(tokens);
+    T a = T(0), power = T(1), gamma_next = first;  // gamma V_next; of the first valid token: its own V
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       Token& t = tokens[i];
-      t.valid = kConstant || at.test(raw.valid, i);
-      // Skipped tokens as numbers that leave x as it is; never as products, for what they hold may be anything.
-      T factor = f_.gamma_lam;
-      if constexpr (!kConstant) {
-        reward[i] = t.valid ? reward[i] : T(0);
-        value[i] = t.valid ? value[i] : T(0);
-        factor = t.valid ? factor : T(1);
-      }
+      T r = reward[i];
       if constexpr (kEnds != Ends::kNone) {
         const bool terminated = t.valid && at.test(raw.terminated, i);
         bool done = terminated;
         if constexpr (kEnds == Ends::kAll) {
           done = done || (t.valid && at.test(raw.truncated, i));
-          reward[i] += t.valid && !terminated ? f_.gamma * next_value[i] : T(0);
+          r += terminated || follows ? T(0) : f_.gamma * next_value[i];
         }
-        x = done ? T(0) : x;
+        gamma_next = done ? T(0) : gamma_next;
+        a = done ? T(0) : a;
         power = done ? T(0) : power;
       }
-      t.ret = j == 0 ? reward[i] : reward[i] + x;
       t.power = power;
-      t.value = value[i];
-      x = gae_leaving(t.ret, t.value, factor, f_.value);
-      power *= factor;
+      if constexpr (kConstant) {
+        const T drop = j == 0 ? T(0) : std::fma(-f_.gamma, value[in_scan_order<kReverse, N>(j == 0 ? 0 : j - 1)], t.value);
+        a = std::fma(f_.gamma_lam, a, r - drop);
+      } else {
+        // Selected, never multiplied: what a skipped token holds may be anything.
+        const T advantage = std::fma(f_.gamma_lam, a, r - (t.value - gamma_next));
+        a = t.valid ? advantage : a;
+        gamma_next = t.valid ? (follows ? f_.gamma * t.value : T(0)) : gamma_next;
+        power *= t.valid ? f_.gamma_lam : T(1);
+      }
+      t.advantage = a;
     }
-    return {power, x};
+    if constexpr (kConstant) {
+      gamma_next = f_.gamma * value[in_scan_order<kReverse, N>(N - 1)];
+#pragma unroll
+      for (int j = 0; j < N; j += kVec) power *= powers_[kVec];
+    }
+    return {power, gae_leaving(a, f_.gamma_lam, gamma_next, power, first)};
+  }
+
+  // In scan order; 0 if every token is skipped.
+  template <int N>
+  __device__ __forceinline__ static T first_value(const Token (&tokens)[N]) {
+    if constexpr (kConstant) return tokens[in_scan_order<kReverse, N>(0)].value;
+    T value = T(0);
+#pragma unroll
+    for (int j = N - 1; j >= 0; --j) {
+      const Token& t = tokens[in_scan_order<kReverse, N>(j)];
+      value = t.valid ? t.value : value;
+    }
+    return value;
   }
 
   const Params p_;
@@ -190,7 +217,6 @@ class GaeAdjointScan {
   using Scalar = T;
   static constexpr bool kReverse = false;
   static constexpr bool kConstantFactor = kConstant;
-  static constexpr bool kSmallTokens = kConstant;
 
   using Params = GaeAdjointParams<T>;
 

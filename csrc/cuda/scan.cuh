@@ -7,7 +7,6 @@
 //     struct Params;                             // POD: every kernel's argument
 //     static constexpr bool kReverse;            // true: scanned from the last token of a sequence to its first
 //     static constexpr bool kConstantFactor;     // true: every token has a == factor(), and none is skipped
-//     static constexpr bool kSmallTokens;        // 16 tokens, as loaded and as emit() needs them, leave registers for the rest
 //     explicit Op(const Params&);
 //     template <typename At> struct Raw;         // what fetch() loads for the At::kTokens tokens of one thread: At::Numbers and At::Flags
 //     struct Token;                              // what emit() needs of a token
@@ -71,9 +70,9 @@ struct ScanGeometry {
   static constexpr int kColumnThreads = kColumnWarps * kWarpSize;
   // At most 128 registers a thread of float: a chunk's tokens stay in registers from compose() to emit().
   static constexpr int column_min_blocks(size_t scalar) { return scalar == sizeof(float) ? 2 : 1; }
-  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large. A power of
-  // two.
-  static constexpr int column_tokens(Access access, bool small_tokens) { return access == Access::kPlain && small_tokens ? 16 : 8; }
+  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large or a token
+  // has a factor of its own. A power of two.
+  static constexpr int column_tokens(Access access, bool constant_factor) { return access == Access::kPlain && constant_factor ? 16 : 8; }
 
   static constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 };
@@ -968,7 +967,7 @@ void launch_scan(const typename Op::Params& params, const ScanPlan& plan, void* 
       break;
     case ScanShape::kColumns:
       if constexpr (kAccess != Access::kRegular) {  // packs are no matter of columns
-        constexpr int N = G::column_tokens(kAccess, Op::kSmallTokens);
+        constexpr int N = G::column_tokens(kAccess, Op::kConstantFactor);
         const unsigned warps = static_cast<unsigned>(std::min<int64_t>((steps + N - 1) / N, G::kColumnWarps));
         scan_columns_kernel<Op, kAccess, N>
             <<<scan_grid((seqs + kWarpSize - 1) / kWarpSize), dim3(kWarpSize, warps), 0, stream>>>(params, rows.layout);

@@ -12,24 +12,26 @@ namespace fused_critic {
 template <typename T>
 struct GaeFactors {
   T gamma, gamma_lam;
-  T value;  // of V in the carry, see gae_leaving
 };
 
 template <typename T>
-FUSED_CRITIC_HD GaeFactors<T> gae_factors(double gamma, double lam, bool has_next_values) {
-  const double gamma_lam = gamma * lam;
-  return {static_cast<T>(gamma), static_cast<T>(gamma_lam), static_cast<T>((has_next_values ? 0 : gamma) - gamma_lam)};
+FUSED_CRITIC_HD GaeFactors<T> gae_factors(double gamma, double lam) {
+  return {static_cast<T>(gamma), static_cast<T>(gamma * lam)};
 }
 
 // --- forward: scanned from the last position to the first -------------------------------------------------------------------
-// Without next_values the carry that enters a step is x = gamma lam A_next + gamma V_next; it starts as gamma * bootstrap.
-// With next_values it is x = gamma lam A_next and starts as 0. The step itself:
-//   u = terminated or truncated ? 0 : x          (truncated needs next_values, so without them u = 0 means terminated)
-//   return = r + u  [+ gamma (1 - terminated) next_value],   A = return - V,   leaving: gamma lam A [+ gamma V without next_values].
-// A masked position is the identity map and emits 0.
+// The carry that enters a step is x = gamma lam A_next + gamma V_next, starting as gamma * bootstrap; with next_values it is
+// x = gamma lam A_next, starting as 0. A step alone is
+//   A = (r - V) + (terminated or truncated ? 0 : x)  [+ gamma (1 - terminated) next_value]     (truncated needs next_values)
+// and a masked position is the identity map and emits 0.
+//
+// x and V are as large as the values are, A only as large as the errors are. So a run of neighbouring steps keeps A and V apart,
+//   A = (r - (V - gamma V_next)) + gamma lam A_next,
+// and its first step counts x from its own V, which cancels: A = r + (x - V). Roundings of the size of V then arise once per run. A run whose
+// last advantage would be A if x were V_first, and grows by `power` with x, leaves gae_leaving as the constant part of its map.
 template <typename T>
-FUSED_CRITIC_HD T gae_leaving(T ret, T value, T gamma_lam, T value_factor) {
-  return std::fma(gamma_lam, ret, value_factor * value);  // so that the product of V does not wait for the return
+FUSED_CRITIC_HD T gae_leaving(T advantage, T gamma_lam, T gamma_last_value, T power, T first_value) {
+  return std::fma(gamma_lam, advantage, std::fma(-power, first_value, gamma_last_value));
 }
 
 // --- adjoint: scanned from the first position to the last --------------------------------------------------------------------
