@@ -207,6 +207,7 @@ def predict(call, card, warm=False):
 
 # --- tables ----------------------------------------------------------------------------------------------------------------------
 
+OURS = "fused_critic"  # as the benchmark calls it
 TITLES = {"gae": "GAE", "value_loss": "Value loss, forward", "value_loss_backward": "Value loss, backward"}
 HEADLINE = next(card for card in CARDS if card.name.startswith("H100"))
 
@@ -279,17 +280,17 @@ def time_table(calls, operator, measured):
     for call in calls:
         if call.operator != operator:
             continue
-        seen = measured.get(f"{operator} {shape_name(call)}")
         rows.append(
             (
                 shape_name(call),
                 f"{call.compulsory_bytes / 1e6:.2f}",
                 *(f"{in_microseconds(predict(call, card))} / {in_microseconds(predict(call, card, warm=True))}" for card in CARDS),
                 predict(call, HEADLINE).decides,
-                "-" if seen is None else f"{1e6 * seen:.1f}",
+                measured.get((operator, shape_name(call)), "-"),
             )
         )
-    header = ("shape", "MB", *(card.name for card in CARDS), "decided on the H100 by", "measured")
+    seen = "measured, with the forward pass" if operator == "value_loss_backward" else "measured"
+    header = ("shape", "MB", *(card.name for card in CARDS), "decided on the H100 by", seen)
     return markdown(header, rows)
 
 
@@ -297,6 +298,7 @@ def card_table():
     rows = []
     for card in CARDS:
         in_flight = card.bandwidth * MEMORY_LATENCY
+        instructions = card.multiprocessors * SCHEDULERS * card.issue * card.clock
         rows.append(
             (
                 card.name,
@@ -306,8 +308,8 @@ def card_table():
                 f"{card.l2_bytes / MB:.0f}",
                 f"{in_flight / 1e6:.1f}",
                 f"{in_flight / card.multiprocessors / 1e3:.1f}",
-                f"{card.multiprocessors * SCHEDULERS * card.issue * card.clock / 1e12:.2f}",
-                f"{card.multiprocessors * SCHEDULERS * card.issue * card.clock / (MEMORY_SHARE * card.bandwidth) * 17 * 1000:.0f}",
+                f"{instructions / 1e12:.2f}",
+                " / ".join(f"{1000 * instructions * n / (MEMORY_SHARE * card.bandwidth):.0f}" for n in (13, 17)),
             )
         )
     header = (
@@ -319,14 +321,36 @@ def card_table():
         "to keep in flight, MB",
         "the same per multiprocessor, KB",
         "warp instructions, 10^12/s",
-        "instructions per 1000 tokens at which 17 bytes a token take as long",
+        "balance: instructions per 1000 tokens of 13 / 17 bytes",
     )
     return markdown(header, rows)
+
+
+def model_table():
+    """The terms of Prediction and the assumptions that they rest on."""
+    us = 1e6
+    rows = (
+        ("launches", f"{us * LAUNCH:.1f} us, and {us * NEXT_LAUNCH:.1f} us for each further launch or memset of the call",
+         "queued back to back on a stream or in a graph, and the host keeps up"),
+        ("finish", f"the loss' last block: {FINISH_ROUND_TRIPS} round trips to the L2 (fence and ticket, partials, result)",
+         f"{us * L2_LATENCY:.2f} us each, under load"),
+        ("bandwidth", f"bytes moved / ({MEMORY_SHARE:.0%} of the memory's bandwidth)", "what copies reach"),
+        ("", f"with operands in the L2: bytes moved / ({L2_SHARE:.0%} of {L2_BYTES_PER_CYCLE} bytes per cycle), or as from memory if that is faster",
+         f"the A100's figure taken for all; a call finds its operands there if it touches at most {L2_RESIDENT_SHARE:.0%} of the L2"),
+        ("port", f"bytes of the busiest multiprocessor / {PORT_BYTES_PER_CYCLE} bytes per cycle", "between a multiprocessor and the L2"),
+        ("instructions", f"warp instructions of the busiest multiprocessor / ({SCHEDULERS} schedulers x issue rate x clock)",
+         "issue rates: " + ", ".join(f"{card.name} {card.issue}" for card in CARDS)),
+        ("latency", "waves x (rounds x latency + chain)",
+         f"latency {us * MEMORY_LATENCY:.2f} us to memory, {us * L2_LATENCY:.2f} us to the L2, under load; chain: {CHAIN_CYCLES['gae']} cycles per "
+         f"instruction of a warp in GAE, {CHAIN_CYCLES['value_loss']} in the loss, whose tokens are independent"),
+    )  # fmt: skip
+    return markdown(("term", "is", "assumptions"), rows)
 
 
 def tables(measured):
     calls = load_counts()["table"]
     yield "cards", card_table()
+    yield "model", model_table()
     yield "costs", cost_table(calls)
     for operator in TITLES:
         yield operator, time_table(calls, operator, measured)
@@ -347,9 +371,20 @@ def renewed(text, measured):
 
 
 def read_measured(path):
-    """{"gae [64, 512]": seconds} from the JSON of ``python -m benchmarks --json``; keys are the operator and the shape as in the tables."""
-    results = json.loads(Path(path).read_text())["results"]
-    return {result["name"]: result["rows"][0]["seconds"] for result in results}
+    """{(operator, shape as in the tables): "cold / warm" microseconds} from the results.json of ``python -m benchmarks --device cuda``.
+
+    The benchmark times the loss forward and backward together; that is the figure under value_loss_backward.
+    """
+    found = {}
+    for result in json.loads(Path(path).read_text())["results"]:
+        match = re.fullmatch(r"(gae|loss)(-time-major)?-(\d+)x(\d+)", result["name"])
+        if match is None:
+            continue
+        operator = "gae" if match[1] == "gae" else "value_loss_backward"
+        shape = f"[{match[3]}, {match[4]}]" + (" time-major" if match[2] else "")
+        seconds = {row["cache"]: row["median"] for row in result["rows"] if row["contender"] == OURS}
+        found[operator, shape] = " / ".join(f"{1e6 * seconds[cache]:.1f}" if cache in seconds else "-" for cache in ("cold", "warm"))
+    return found
 
 
 # --- plot ------------------------------------------------------------------------------------------------------------------------
@@ -369,10 +404,10 @@ def plot(path):
         for card, colour in zip(CARDS, ("tab:green", "tab:blue", "tab:orange", "tab:red"), strict=True):
             axes.plot(tokens, [1e6 * predict(call, card).seconds for call in chosen], color=colour, marker=".", label=card.name)
         cold = [predict(call, HEADLINE) for call in chosen]
-        axes.plot(tokens, [1e6 * (p.floor + p.finish) for p in cold], color="0.35", ls=":", label="H100: launch floor")
+        axes.plot(tokens, [1e6 * (p.floor + p.finish) for p in cold], color="0.35", ls=":", label="H100: launches, finish")
         for name, style in (("bandwidth", "--"), ("instructions", "-."), ("latency", (0, (1, 3)))):
             axes.plot(tokens, [1e6 * p.bounds[name] for p in cold], color="0.35", ls=style, lw=1, label=f"H100: {name}")
-        axes.set(xscale="log", yscale="log", xlabel="tokens per card (rows of 1024)", title=title, ylim=(0.3, 400))
+        axes.set(yscale="log", xlabel="tokens per card (rows of 1024)", title=title, ylim=(0.3, 400))
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.25)
     all_axes[0].set_ylabel("predicted microseconds, operands from memory")
@@ -451,7 +486,9 @@ def short_name(demangled):
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.splitlines()[0])
     parser.add_argument("--count", action="store_true", help=f"write {COUNTS.relative_to(ROOT)}; under python -m fakecuda run")
-    parser.add_argument("--measured", metavar="FILE", help="results of python -m benchmarks --json on a GPU, for the column of that name")
+    parser.add_argument(
+        "--measured", metavar="FILE", help="results.json of python -m benchmarks --device cuda, for the column of that name"
+    )
     arguments = parser.parse_args()
     if arguments.count:
         count(COUNTS)
