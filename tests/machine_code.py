@@ -31,7 +31,7 @@ class Work:
     """What a thread does at least on the way: accesses, by instruction, and passes of arithmetic."""
 
     wide_loads: int = 0  # of 16 bytes
-    narrow_loads: int = 0  # smaller, of data: through the read-only path
+    narrow_loads: int = 0  # smaller ones, through the read-only path
     wide_stores: int = 0
     narrow_stores: int = 0
     passes: int = 0  # of straight code with PASS_ARITHMETIC instructions of float32 arithmetic
@@ -53,7 +53,7 @@ class Kernel:
     repeats: bool = True  # whether a warp walks further tiles
 
 
-# Without `passes` the shortest path through the loss would be the one that skips a pass because all of it is masked.
+# A wide load of the backward pass is that of its residuals. Without `passes` the shortest path through the loss would be the one that skips a pass because all of it is masked.
 KERNELS = (
     Kernel("GAE, block per row, no mask", r"scan_rows_kernel.*7GaeScanIfLb1E.*ELi4ELi2E", 2 * PACK, Work(4, 0, 4)),
     Kernel("GAE, block per row, mask", r"scan_rows_kernel.*7GaeScanIfLb0E.*AccessE0ELi4ELi2E", 2 * PACK, Work(4, 2, 4)),
@@ -65,10 +65,10 @@ KERNELS = (
     Kernel("GAE, split rows: results, mask", r"scan_chunks_kernel.*7GaeScanIfLb0E.*AccessE0ELi2E", 2 * PACK, Work(4, 2, 4)),
     Kernel("GAE, columns, no mask", r"scan_columns_kernel.*7GaeScanIfLb1E.*AccessE0ELi16E", 16, Work(0, 32, 0, 32)),
     Kernel("GAE, columns, mask", r"scan_columns_kernel.*7GaeScanIfLb0E.*AccessE0ELi16E", 16, Work(0, 48, 0, 32)),
-    Kernel("value loss, rows, mask", r"value_loss_kernelIfLb1E.*WalkE0E", 4 * PACK, Work(12, 4, passes=1)),
-    Kernel("value loss, short rows, mask", r"value_loss_kernelIfLb1E.*WalkE1E", 4 * PACK, Work(12, 4, passes=1)),
-    Kernel("value loss, columns, mask", r"value_loss_kernelIfLb1E.*WalkE2E", 2 * PACK, Work(6, 2, passes=1)),
-    Kernel("value loss, backward, mask", r"value_loss_backward_kernelIfLb1E", 4 * PACK, Work(12, 4, 4), repeats=False),
+    Kernel("value loss, rows, no mask", r"value_loss_kernelIfLb1E.*WalkE0E", 4 * PACK, Work(12, 0, passes=1)),
+    Kernel("value loss, short rows, no mask", r"value_loss_kernelIfLb1E.*WalkE1E", 4 * PACK, Work(12, 0, passes=1)),
+    Kernel("value loss, columns, no mask", r"value_loss_kernelIfLb1E.*WalkE2E", 2 * PACK, Work(6, 0, passes=1)),
+    Kernel("value loss, backward, no mask", r"value_loss_backward_kernelIfLb1E", 4 * PACK, Work(13, 0, 4), repeats=False),
 )
 
 
@@ -98,8 +98,14 @@ def work_of(code):
     """(wide loads, narrow loads, wide stores, narrow stores, arithmetic) of one instruction."""
     name = code.split(maxsplit=1)[1].split(maxsplit=1)[0] if code.startswith("@") else code.split(maxsplit=1)[0]
     wide = ".128" in name
-    load, store = name.startswith("LDG") and ".CONSTANT" in name, name.startswith("STG")
-    return (load and wide, load and not wide, store and wide, store and not wide, name.split(".")[0] in ("FADD", "FMUL", "FFMA", "FMNMX"))
+    load, store = name.startswith("LDG") and "STRONG" not in name, name.startswith("STG")  # strong loads are those of partials
+    return (
+        load and wide,
+        load and not wide and ".CONSTANT" in name,
+        store and wide,
+        store and not wide,
+        name.split(".")[0] in ("FADD", "FMUL", "FFMA", "FMNMX"),
+    )
 
 
 @dataclass
