@@ -113,13 +113,14 @@ class Call:
         return {"gae": 17, "value_loss": 13, "value_loss_backward": 17}[self.operator] * self.tokens
 
 
-def load_counts():
-    def call(entry):
-        launches = tuple(Launch(**launch) for launch in entry["launches"])
-        return Call(entry["operator"], tuple(entry["shape"]), entry["layout"], launches)
+def call_of(entry):
+    launches = tuple(Launch(**launch) for launch in entry["launches"])
+    return Call(entry["operator"], tuple(entry["shape"]), entry["layout"], launches)
 
+
+def load_counts():
     counts = json.loads(COUNTS.read_text())
-    return {part: [call(entry) for entry in counts[part]] for part in ("table", "sweep")}
+    return {part: [call_of(entry) for entry in counts[part]] for part in ("table", "sweep")}
 
 
 @functools.cache
@@ -433,42 +434,44 @@ SWEEP_SHAPES = tuple(((2**n, 1024), "rows") for n in range(15))
 PACKED_LENGTH = 1000
 
 
-def count(path):
-    """Runs every call on the simulated GPU (python -m fakecuda run) and writes what it counted."""
+def counted(operator, shape, layout):
+    """One call on the simulated GPU, as an entry of counts.json."""
     import fakecuda
     import fused_critic
     import torch
 
-    def call(operator, shape, layout):
-        generator = torch.Generator().manual_seed(0)
-        x, values, old_values = (torch.randn(shape, generator=generator).cuda() for _ in range(3))
-        mask = (torch.rand(shape, generator=generator) >= MASKED).cuda()
-        options = {"columns": {"time_dim": 0}, "rows": {}}.get(layout)
-        if options is None:
-            options = {"cu_seqlens": torch.arange(0, math.prod(shape) + 1, PACKED_LENGTH).cuda()}
-        fakecuda.clear()
-        if operator == "gae":
-            fused_critic.gae(x, values, mask, gamma=0.99, lam=0.95, **options)
-        else:
-            loss = fused_critic.value_loss(values.requires_grad_(operator == "value_loss_backward"), old_values, x, mask, **options).loss
-            if operator == "value_loss_backward":
-                fakecuda.clear()
-                loss.backward()
-        launches = [
-            Launch(
-                kernel=short_name(launch["kernel"]),
-                blocks=math.prod(launch["grid"]),
-                threads=math.prod(launch["block"]),
-                warp_instructions=launch["warp_insts"],
-                bytes_read=SECTOR * launch["gld_sectors"],
-                bytes_written=SECTOR * launch["gst_sectors"],
-            )
-            for launch in fakecuda.launches()
-        ]
-        return {"operator": operator, "shape": shape, "layout": layout, "launches": [asdict(launch) for launch in launches]}
+    generator = torch.Generator().manual_seed(0)
+    x, values, old_values = (torch.randn(shape, generator=generator).cuda() for _ in range(3))
+    mask = (torch.rand(shape, generator=generator) >= MASKED).cuda()
+    options = {"columns": {"time_dim": 0}, "rows": {}}.get(layout)
+    if options is None:
+        options = {"cu_seqlens": torch.arange(0, math.prod(shape) + 1, PACKED_LENGTH).cuda()}
+    start = len(fakecuda.launches())
+    if operator == "gae":
+        fused_critic.gae(x, values, mask, gamma=0.99, lam=0.95, **options)
+    else:
+        loss = fused_critic.value_loss(values.requires_grad_(operator == "value_loss_backward"), old_values, x, mask, **options).loss
+        if operator == "value_loss_backward":
+            start = len(fakecuda.launches())
+            loss.backward()
+    launches = [
+        Launch(
+            kernel=short_name(launch["kernel"]),
+            blocks=math.prod(launch["grid"]),
+            threads=math.prod(launch["block"]),
+            warp_instructions=launch["warp_insts"],
+            bytes_read=SECTOR * launch["gld_sectors"],
+            bytes_written=SECTOR * launch["gst_sectors"],
+        )
+        for launch in fakecuda.launches()[start:]
+    ]
+    return {"operator": operator, "shape": shape, "layout": layout, "launches": [asdict(launch) for launch in launches]}
 
+
+def count(path):
+    """Runs every call on the simulated GPU (python -m fakecuda run) and writes what it counted."""
     counts = {
-        part: [call(operator, *shape) for operator in TITLES for shape in shapes]
+        part: [counted(operator, *shape) for operator in TITLES for shape in shapes]
         for part, shapes in (("table", TABLE_SHAPES), ("sweep", SWEEP_SHAPES))
     }
     path.parent.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,25 @@ def test_committed_tables_are_up_to_date():
 def test_a_table_without_its_place_is_an_error():
     with pytest.raises(SystemExit, match="begin: predicted cards"):
         predict.renewed("", measured={})
+
+
+@pytest.fixture
+def simulator():
+    if os.environ.get("FAKECUDA") != "1":
+        pytest.skip("costs are counted on the simulated device (make test-cuda)")
+
+
+@pytest.mark.parametrize("operator", predict.TITLES)
+@pytest.mark.parametrize("shape, layout", [((64, 512), "rows"), ((64, 4096), "rows"), ((128, 4096), "columns"), ((256000,), "packed")])
+def test_counts_are_up_to_date(operator, shape, layout, simulator):
+    (committed,) = [
+        call for call in predict.load_counts()["table"] if (call.operator, call.shape, call.layout) == (operator, shape, layout)
+    ]
+    for old, new in zip(committed.launches, predict.call_of(predict.counted(operator, shape, layout)).launches, strict=True):
+        assert (old.kernel, old.blocks, old.threads) == (new.kernel, new.blocks, new.threads)
+        assert (old.bytes_read, old.bytes_written) == (new.bytes_read, new.bytes_written)
+        # What compilers of different releases make of one source differs a little.
+        assert new.warp_instructions == pytest.approx(old.warp_instructions, rel=0.05), "repeat the count (docs/performance.md)"
 
 
 @pytest.mark.parametrize("card", predict.CARDS, ids=lambda card: card.name)
