@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
 KERNELS = ROOT / "docs" / "kernels.md"
 COUNTS = ROOT / "docs" / "predicted" / "counts.json"
+MEASURED = ROOT / "docs" / "predicted" / "measured.json"  # absent until somebody measures
 PLOT = ROOT / "docs" / "images" / "predicted.png"
 
 WARP = 32
@@ -287,7 +288,7 @@ def time_table(calls, operator, measured):
                 f"{call.compulsory_bytes / 1e6:.2f}",
                 *(f"{in_microseconds(predict(call, card))} / {in_microseconds(predict(call, card, warm=True))}" for card in CARDS),
                 predict(call, HEADLINE).decides,
-                measured.get((operator, shape_name(call)), "-"),
+                measured.get(f"{operator} {shape_name(call)}", "-"),
             )
         )
     seen = "measured, with the forward pass" if operator == "value_loss_backward" else "measured"
@@ -371,8 +372,12 @@ def renewed(text, measured):
     return text
 
 
+def committed_measured():
+    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+
+
 def read_measured(path):
-    """{(operator, shape as in the tables): "cold / warm" microseconds} from the results.json of ``python -m benchmarks --device cuda``.
+    """{operator and shape, as in the tables: "cold / warm" microseconds} from the results.json of ``python -m benchmarks --device cuda``.
 
     The benchmark times the loss forward and backward together; that is the figure under value_loss_backward.
     """
@@ -384,7 +389,7 @@ def read_measured(path):
         operator = "gae" if match[1] == "gae" else "value_loss_backward"
         shape = f"[{match[3]}, {match[4]}]" + (" time-major" if match[2] else "")
         seconds = {row["cache"]: row["median"] for row in result["rows"] if row["contender"] == OURS}
-        found[operator, shape] = " / ".join(f"{1e6 * seconds[cache]:.1f}" if cache in seconds else "-" for cache in ("cold", "warm"))
+        found[f"{operator} {shape}"] = " / ".join(f"{1e6 * seconds[cache]:.1f}" if cache in seconds else "-" for cache in ("cold", "warm"))
     return found
 
 
@@ -496,8 +501,9 @@ def main():
     if arguments.count:
         count(COUNTS)
         return
-    measured = read_measured(arguments.measured) if arguments.measured else {}
-    DOCUMENT.write_text(renewed(DOCUMENT.read_text(), measured))
+    if arguments.measured:
+        MEASURED.write_text(json.dumps(read_measured(arguments.measured), indent=1) + "\n")
+    DOCUMENT.write_text(renewed(DOCUMENT.read_text(), committed_measured()))
     plot(PLOT)
     print(f"wrote {DOCUMENT.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
 
