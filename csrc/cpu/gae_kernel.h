@@ -1,178 +1,297 @@
 // Vectorised GAE. Included once per instruction set (see simd.h).
 //
-// Within a row, eight neighbouring steps are eight affine maps; three shift-and-compose rounds give each lane the composition of itself
-// with everything to its right in the group, and one multiply-add per group carries the scalar to the next. Between sequences
-// (time-major) lanes are sequences and no scan is needed.
+// Within a row, the tokens of a tile are taken from the last to the first in blocks of 32, and a block is four groups of eight lanes. The flags of
+// a block are two words of bits, and they say what is done:
+//   block, all valid, no ends     turned so that every lane holds four tokens in a row, which need no shuffles; the lanes are scanned once
+//   group, all valid, no ends     its steps are alike, so only the constant parts of their maps are scanned
+//   group, some valid, no ends    the constant parts of the valid tokens are moved together, scanned as above and the results moved back
+//   group with an end             the maps are scanned in full
+//   none valid                    zeros; the carry passes
+// Between sequences (time-major) lanes are sequences and no scan is needed.
 
 namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE {
+
+constexpr int kBlockGroups = 4, kBlock = kBlockGroups * kLanes;
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+// One tile of one sequence, or of one time step, already in arrays of T. reward includes gamma * next_value where next_values are given.
+template <typename T>
+struct GaeTile {
+  int64_t n;
+  const T *reward, *value;
+  const uint8_t *valid, *ends;  // non-zero where set; null: all valid, no ends
+  T *advantages, *returns;
+};
+
+struct FlagWords {
+  uint32_t valid, ends;  // bit i for token i; ends only at valid ones
+  bool plain;            // all valid, no ends
+
+  uint32_t valid_lanes(int64_t at) const { return valid >> at & kAllLanes; }
+  uint32_t ends_lanes(int64_t at) const { return ends >> at & kAllLanes; }
+};
+
+// Of the tokens [at, at + n) of a tile, 0 < n <= kBlock.
+template <typename T>
+FUSED_CRITIC_INLINE FlagWords flag_words(const GaeTile<T>& t, int64_t at, int64_t n) {
+  const auto bits = [&](const uint8_t* flags) { return n == kBlock ? bits_of(flags + at) : bits_of(flags + at, n); };
+  const uint32_t all = ~uint32_t(0) >> (kBlock - n);
+  const uint32_t valid = t.valid != nullptr ? bits(t.valid) : all;
+  const uint32_t ends = t.ends != nullptr ? bits(t.ends) & valid : 0;
+  return {valid, ends, valid == all && ends == 0};
+}
+
+// How many of the tokens before `end` are whole blocks without a flag.
+template <typename T>
+FUSED_CRITIC_INLINE int64_t plain_run(const GaeTile<T>& t, int64_t end) {
+  int64_t run = 0;
+  if (t.valid == nullptr && t.ends == nullptr) return end / kBlock * kBlock;
+  while (end - run >= kBlock && flag_words(t, end - run - kBlock, kBlock).plain) run += kBlock;
+  return run;
+}
+
+// Powers of the slope that all lanes share.
+template <typename T>
+struct LanePowers {
+  Vec<T> one, two;  // slope^1, slope^2
+  Vec<T> across;    // slope^(4 - lane) in the lower half: from the upper half's first lane to there
+  T down[2 * kLanes] = {};  // slope^8, slope^7, ..., 1, 0, ...
+
+  explicit LanePowers(T slope) : one(Vec<T>::all(slope)), two(Vec<T>::all(slope * slope)) {
+    down[kLanes] = T(1);
+    for (int i = kLanes - 1; i >= 0; --i) down[i] = down[i + 1] * slope;
+    across = Vec<T>::load(down + kLanes / 2);
+  }
+  // Lane i: from the entrance to the first n lanes to there, slope^(n - i); 1 at lane n.
+  FUSED_CRITIC_INLINE const T* entering(int n) const { return down + kLanes - n; }
+};
+
+template <typename T>
+struct GaeCoefficients {
+  Vec<T> gamma, gamma_lam;
+  LanePowers<T> token, segment;  // of gamma lam: a lane is a token, or a segment of kBlockGroups tokens
+
+  GaeCoefficients(T gamma, T gamma_lam)
+      : gamma(Vec<T>::all(gamma)), gamma_lam(Vec<T>::all(gamma_lam)), token(gamma_lam), segment(gamma_lam * gamma_lam * (gamma_lam * gamma_lam)) {}
+};
+
+// The carry in every lane, and the composed map of the range so far (aggregating modes), its constant part in every lane.
+template <typename T>
+struct GaeCarry {
+  Vec<T> carry, b;
+  T a;
+};
+
+// Passes the map a x + b, b in the first lane.
+template <ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE void pass(GaeCarry<T>& state, T a, const Vec<T>& b) {
+  const Vec<T> slope = Vec<T>::all(a), constant = broadcast_first(b);
+  if constexpr (kMode != ScanMode::kAggregate) state.carry = slope * state.carry + constant;
+  if constexpr (kMode != ScanMode::kEmit) {
+    state.b = slope * state.b + constant;
+    state.a = a * state.a;
+  }
+}
+
+template <typename T>
+struct GaeLanes {
+  Vec<T> base, value;
+};
+
+template <typename T>
+FUSED_CRITIC_INLINE GaeLanes<T> load_lanes(const T* reward, const T* value) {
+  const Vec<T> v = Vec<T>::load(value);
+  return {Vec<T>::load(reward) - v, v};
+}
+
+template <typename T>
+struct GaeOutputs {
+  Vec<T> advantages, returns;
+
+  FUSED_CRITIC_INLINE void store(T* to_advantages, T* to_returns) const {
+    advantages.store(to_advantages);
+    returns.store(to_returns);
+  }
+};
+
+// The constant parts of the steps' maps.
+template <bool kNextValues, typename T>
+FUSED_CRITIC_INLINE Vec<T> constant_parts(const GaeLanes<T>& in, const GaeCoefficients<T>& c) {
+  if constexpr (kNextValues) return c.gamma_lam * in.base;
+  return c.gamma_lam * in.base + c.gamma * in.value;
+}
+
+// Maps of one slope: lane i becomes the constant part of lanes i to 7 composed. What a lane holds has no influence on those to its right.
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> scan_alike(Vec<T> b, const LanePowers<T>& powers) {
+  b = powers.one * shift_down_in_halves<1>(b) + b;
+  b = powers.two * shift_down_in_halves<2>(b) + b;
+  return powers.across * upper_to_lower(b) + b;
+}
+
+// Maps of one slope, by their constant parts: what enters each of them. Passes them all.
+template <ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE Vec<T> entering_alike(const Vec<T>& constants, const LanePowers<T>& powers, GaeCarry<T>& state) {
+  const Vec<T> b = scan_alike(constants, powers), carry = state.carry;
+  pass<kMode>(state, *powers.entering(kLanes), b);
+  return shift_down<1>(Vec<T>::load(powers.entering(kLanes)) * carry + b, carry);
+}
+
+template <bool kNextValues, ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> dense_group(const GaeLanes<T>& in, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+  const Vec<T> advantages = in.base + entering_alike<kMode>(constant_parts<kNextValues>(in, c), c.token, state);
+  return {advantages, advantages + in.value};
+}
+
+template <bool kNextValues, ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE void dense_block(const T* reward, const T* value, const GaeCoefficients<T>& c, GaeCarry<T>& state, T* advantages, T* returns) {
+  GaeLanes<T> in[kBlockGroups];
+  Vec<T> x[kBlockGroups];
+  for (int i = 0; i < kBlockGroups; ++i) {
+    in[i] = load_lanes(reward + i * kLanes, value + i * kLanes);
+    x[i] = constant_parts<kNextValues>(in[i], c);
+  }
+  transpose_in_halves(x);  // lane i of x[j]: token j of segment 2 i, or in the upper half of segment 2 (i - 4) + 1
+  const Vec<T> segments = c.gamma_lam * (c.gamma_lam * (c.gamma_lam * x[3] + x[2]) + x[1]) + x[0];
+  const Vec<T> entering = separate_halves(entering_alike<kMode>(interleave_halves(segments), c.segment, state));
+  if constexpr (kMode != ScanMode::kAggregate) {
+    const Vec<T> third = c.gamma_lam * entering + x[3], second = c.gamma_lam * third + x[2], first = c.gamma_lam * second + x[1];
+    Vec<T> enters[kBlockGroups] = {first, second, third, entering};
+    transpose_in_halves(enters);
+    for (int i = 0; i < kBlockGroups; ++i) {
+      const Vec<T> adv = in[i].base + enters[i];
+      GaeOutputs<T>{adv, adv + in[i].value}.store(advantages + i * kLanes, returns + i * kLanes);
+    }
+  }
+}
+
+// Some lanes are not valid.
+template <bool kNextValues, ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> gappy_group(const GaeLanes<T>& in, uint32_t valid, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+  const LaneMoves& moves = kLaneMoves.of[valid];
+  const Mask<T> lanes = lanes_of<T>(moves);
+  const Vec<T> zero = Vec<T>::all(T(0)), carry = state.carry;
+  const Vec<T> b = scan_alike(permute(select(lanes, constant_parts<kNextValues>(in, c), zero), moves.together), c.token);
+  const T* powers = c.token.entering(moves.count);
+  pass<kMode>(state, *powers, b);
+  const Vec<T> advantages = in.base + permute(Vec<T>::load(powers) * carry + b, moves.after);
+  return {select(lanes, advantages, zero), select(lanes, advantages + in.value, zero)};
+}
 
 template <typename T>
 struct AffineLanes {
   Vec<T> a, b;
 };
 
-// Lane i becomes lane_i after lane_{i+1} after ... lane_{7}.
+// Lane i becomes lane_i after lane_{i + 1} ... after lane_{i + kBy}.
 template <int kBy, typename T>
 FUSED_CRITIC_INLINE AffineLanes<T> scan_round(const AffineLanes<T>& m, const AffineLanes<T>& identity) {
   const Vec<T> a = shift_down<kBy>(m.a, identity.a), b = shift_down<kBy>(m.b, identity.b);
   return {m.a * a, m.a * b + m.b};
 }
 
-template <typename T>
-FUSED_CRITIC_INLINE AffineLanes<T> suffix_compose(AffineLanes<T> m, const AffineLanes<T>& identity) {
+template <bool kNextValues, ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> ending_group(const GaeLanes<T>& in, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+  const Vec<T> zero = Vec<T>::all(T(0)), one = Vec<T>::all(T(1)), carry = state.carry;
+  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]);
+  const Vec<T> keep = select(lanes_of<T>(kLaneMoves.of[ends]), zero, one);
+  const AffineLanes<T> identity{one, zero};
+  AffineLanes<T> m{select(lanes, c.gamma_lam * keep, one), select(lanes, constant_parts<kNextValues>(in, c), zero)};
   m = scan_round<1>(m, identity);
   m = scan_round<2>(m, identity);
-  return scan_round<4>(m, identity);
+  m = scan_round<4>(m, identity);
+  pass<kMode>(state, first_lane(m.a), m.b);
+  const Vec<T> advantages = in.base + keep * shift_down<1>(m.a * carry + m.b, carry);
+  return {select(lanes, advantages, zero), select(lanes, advantages + in.value, zero)};
 }
 
-// One tile of one sequence, already in arrays of T. keep: 0 where the episode ends, else 1. carried: gamma, or 0 with next_values.
-template <typename T>
-struct GaeTile {
-  int64_t n;
-  const T *reward, *value;  // reward includes gamma * next_value where next_values are given
-  const T *valid, *keep;    // 0 or 1; both null when there are neither masks nor flags
-  T *advantages, *returns;
-};
-
-template <typename T>
-struct GaeLanes {
-  Vec<T> base, value, valid, keep;
-};
-
-template <typename T>
-struct GaeCoefficients {
-  Vec<T> gamma_lam, carried;
-  Vec<T> power[3];          // (gamma lam)^1, ^2, ^4: the products in the three rounds when every step is alike
-  Vec<T> suffix;            // (gamma lam)^(8 - lane)
-};
-
-template <typename T>
-inline GaeCoefficients<T> gae_coefficients(T gamma_lam, T carried) {
-  T suffix[kLanes];
-  T product = gamma_lam;
-  for (int i = kLanes - 1; i >= 0; --i) {
-    suffix[i] = product;
-    product *= gamma_lam;
-  }
-  const T square = gamma_lam * gamma_lam;
-  return {Vec<T>::all(gamma_lam), Vec<T>::all(carried), {Vec<T>::all(gamma_lam), Vec<T>::all(square), Vec<T>::all(square * square)}, Vec<T>::load(suffix)};
+template <bool kNextValues, ScanMode kMode, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+  if (valid == 0) return {Vec<T>::all(T(0)), Vec<T>::all(T(0))};
+  const GaeLanes<T> in = load_lanes(reward, value);
+  if (ends != 0) return ending_group<kNextValues, kMode>(in, valid, ends, c, state);
+  if (valid != kAllLanes) return gappy_group<kNextValues, kMode>(in, valid, c, state);
+  return dense_group<kNextValues, kMode>(in, c, state);
 }
 
-template <typename T, bool kFlags, ScanMode kMode>
-FUSED_CRITIC_INLINE T gae_group(const GaeLanes<T>& in, const GaeCoefficients<T>& c, T carry, Affine<T>* total, T* advantages, T* returns) {
-  const Vec<T> zero = Vec<T>::all(T(0)), one = Vec<T>::all(T(1));
-  AffineLanes<T> m;
-  if constexpr (kFlags) {
-    const Mask<T> valid = in.valid != zero;
-    m.a = select(valid, c.gamma_lam * in.keep, one);
-    m.b = select(valid, c.gamma_lam * in.base + c.carried * in.value, zero);
-    m = suffix_compose(m, AffineLanes<T>{one, zero});
-  } else {
-    m.b = c.gamma_lam * in.base + c.carried * in.value;
-    m.b = c.power[0] * shift_down<1>(m.b, zero) + m.b;
-    m.b = c.power[1] * shift_down<2>(m.b, zero) + m.b;
-    m.b = c.power[2] * shift_down<4>(m.b, zero) + m.b;
-    m.a = c.suffix;
-  }
-  const T a = first_lane(m.a), b = first_lane(m.b);
-  if constexpr (kMode != ScanMode::kEmit) *total = compose(Affine<T>{a, b}, *total);
-  if constexpr (kMode != ScanMode::kAggregate) {
-    const Vec<T> carries = Vec<T>::all(carry);
-    const Vec<T> entering = shift_down<1>(m.a * carries + m.b, carries);
-    if constexpr (kFlags) {
-      const Mask<T> valid = in.valid != zero;
-      const Vec<T> adv = in.base + in.keep * entering;
-      select(valid, adv, zero).store(advantages);
-      select(valid, adv + in.value, zero).store(returns);
-    } else {
-      const Vec<T> adv = in.base + entering;
-      adv.store(advantages);
-      (adv + in.value).store(returns);
+template <bool kNextValues, ScanMode kMode, typename T>
+inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeCarry<T> state) {
+  int64_t end = t.n;
+  while (true) {
+    for (const int64_t stop = end - plain_run(t, end); end > stop; end -= kBlock) {
+      const int64_t at = end - kBlock;
+      dense_block<kNextValues, kMode>(t.reward + at, t.value + at, c, state, t.advantages + at, t.returns + at);
     }
-  }
-  return a * carry + b;
-}
-
-template <typename T, bool kFlags, ScanMode kMode>
-inline T gae_tile(const GaeTile<T>& t, const GaeCoefficients<T>& c, T carry, Affine<T>* total) {
-  int64_t i = t.n;
-  for (; i >= kLanes; i -= kLanes) {
-    const int64_t at = i - kLanes;
-    GaeLanes<T> in;
-    in.value = Vec<T>::load(t.value + at);
-    in.base = Vec<T>::load(t.reward + at) - in.value;
-    if constexpr (kFlags) {
-      in.valid = Vec<T>::load(t.valid + at);
-      in.keep = Vec<T>::load(t.keep + at);
+    if (end < kLanes) break;
+    const int64_t tokens = std::min<int64_t>(kBlock, end / kLanes * kLanes), at = end - tokens;
+    const FlagWords flags = flag_words(t, at, tokens);
+    if (flags.valid != 0) {
+      for (int64_t i = tokens - kLanes; i >= 0; i -= kLanes) {
+        const int64_t from = at + i;
+        const GaeOutputs<T> out = gae_group<kNextValues, kMode>(t.reward + from, t.value + from, flags.valid_lanes(i), flags.ends_lanes(i), c, state);
+        if constexpr (kMode != ScanMode::kAggregate) out.store(t.advantages + from, t.returns + from);
+      }
+    } else if constexpr (kMode != ScanMode::kAggregate) {
+      std::fill(t.advantages + at, t.advantages + end, T(0));
+      std::fill(t.returns + at, t.returns + end, T(0));
     }
-    carry = gae_group<T, kFlags, kMode>(in, c, carry, total, t.advantages + at, t.returns + at);
+    end = at;
   }
-  if (i > 0) {  // the first n % kLanes tokens, as the last lanes of a group whose other lanes are masked
-    const int64_t pad = kLanes - i;
-    T value[kLanes] = {}, reward[kLanes] = {}, valid[kLanes] = {}, keep[kLanes] = {}, adv[kLanes], ret[kLanes];
-    std::copy(t.value, t.value + i, value + pad);
-    std::copy(t.reward, t.reward + i, reward + pad);
-    if constexpr (kFlags) {
-      std::copy(t.valid, t.valid + i, valid + pad);
-      std::copy(t.keep, t.keep + i, keep + pad);
-    } else {
-      std::fill(valid + pad, valid + kLanes, T(1));
-      std::fill(keep + pad, keep + kLanes, T(1));
-    }
-    GaeLanes<T> in;
-    in.value = Vec<T>::load(value);
-    in.base = Vec<T>::load(reward) - in.value;
-    in.valid = Vec<T>::load(valid);
-    in.keep = Vec<T>::load(keep);
-    carry = gae_group<T, true, kMode>(in, c, carry, total, adv, ret);
+  if (end > 0) {  // the first n % kLanes tokens, as the last lanes of a group whose other lanes are masked
+    const int64_t pad = kLanes - end;
+    T value[kLanes] = {}, reward[kLanes] = {}, advantages[kLanes], returns[kLanes];
+    std::copy(t.value, t.value + end, value + pad);
+    std::copy(t.reward, t.reward + end, reward + pad);
+    const FlagWords flags = flag_words(t, 0, end);
+    const GaeOutputs<T> out = gae_group<kNextValues, kMode>(reward, value, flags.valid << pad, flags.ends << pad, c, state);
     if constexpr (kMode != ScanMode::kAggregate) {
-      std::copy(adv + pad, adv + kLanes, t.advantages);
-      std::copy(ret + pad, ret + kLanes, t.returns);
+      out.store(advantages, returns);
+      std::copy(advantages + pad, advantages + kLanes, t.advantages);
+      std::copy(returns + pad, returns + kLanes, t.returns);
     }
   }
-  return carry;
+  return state;
 }
 
-template <typename T, bool kFlags>
-inline T gae_tile(const GaeTile<T>& t, const GaeCoefficients<T>& c, T carry, ScanMode mode, Affine<T>* total) {
+template <bool kNextValues, typename T>
+inline GaeCarry<T> gae_tile(const GaeTile<T>& t, const GaeCoefficients<T>& c, const GaeCarry<T>& state, ScanMode mode) {
   switch (mode) {
-    case ScanMode::kEmit: return gae_tile<T, kFlags, ScanMode::kEmit>(t, c, carry, total);
-    case ScanMode::kEmitAndAggregate: return gae_tile<T, kFlags, ScanMode::kEmitAndAggregate>(t, c, carry, total);
-    case ScanMode::kAggregate: return gae_tile<T, kFlags, ScanMode::kAggregate>(t, c, carry, total);
+    case ScanMode::kEmit: return gae_tile<kNextValues, ScanMode::kEmit>(t, c, state);
+    case ScanMode::kEmitAndAggregate: return gae_tile<kNextValues, ScanMode::kEmitAndAggregate>(t, c, state);
+    case ScanMode::kAggregate: return gae_tile<kNextValues, ScanMode::kAggregate>(t, c, state);
   }
-  return carry;
+  return state;
 }
 
-// The flags of n positions as factors (see GaeTile), and reward + gamma (1 - terminated) next_value. `load(operand, scratch)` brings an
-// operand's positions.
 template <typename T>
 struct GaeScratch {
-  alignas(64) T reward[kTile], value[kTile], valid[kTile], keep[kTile], next[kTile], flag[kTile], advantages[kTile], returns[kTile];
+  alignas(64) T reward[kTile], value[kTile], next[kTile], advantages[kTile], returns[kTile];
+  alignas(64) uint8_t valid[kTile], terminated[kTile], ends[kTile];
 };
 
-template <typename T, typename Load>
-inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScratch<T>& s, Load load) {
+// Brings n positions of the inputs: `load(operand, scratch)` those of one operand as T, `load_flags` as bytes.
+template <typename T, typename Load, typename LoadFlags>
+inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScratch<T>& s, Load load, LoadFlags load_flags) {
   GaeTile<T> t{n, load(p.rewards, s.reward), load(p.values, s.value), nullptr, nullptr, nullptr, nullptr};
-  const bool ends = p.terminated.data != nullptr || p.truncated.data != nullptr;
-  if (p.mask.data != nullptr || ends) {
-    t.valid = p.mask.data != nullptr ? load(p.mask, s.valid) : s.valid;
-    if (p.mask.data == nullptr) std::fill(s.valid, s.valid + n, T(1));
-    t.keep = s.keep;
-    std::fill(s.keep, s.keep + n, T(1));
-  }
-  const T* terminated = nullptr;
+  const uint8_t* terminated = nullptr;
+  if (p.mask.data != nullptr) t.valid = load_flags(p.mask, s.valid);
+  if (p.terminated.data != nullptr) t.ends = terminated = load_flags(p.terminated, s.terminated);
   if (p.truncated.data != nullptr) {
-    const T* truncated = load(p.truncated, s.flag);
-    for (int64_t i = 0; i < n; ++i) s.keep[i] = truncated[i] != T(0) ? T(0) : T(1);
-  }
-  if (p.terminated.data != nullptr) {
-    terminated = load(p.terminated, s.flag);
-    for (int64_t i = 0; i < n; ++i) s.keep[i] = terminated[i] != T(0) ? T(0) : s.keep[i];
+    t.ends = load_flags(p.truncated, s.ends);
+    if (terminated != nullptr) {
+      const uint8_t* truncated = t.ends;
+      for (int64_t i = 0; i < n; ++i) s.ends[i] = truncated[i] | terminated[i];
+      t.ends = s.ends;
+    }
   }
   if (p.next_values.data != nullptr) {
     const T* next = load(p.next_values, s.next);
     const T* reward = t.reward;
-    for (int64_t i = 0; i < n; ++i) s.reward[i] = reward[i] + (terminated != nullptr && terminated[i] != T(0) ? T(0) : gamma * next[i]);
+    if (terminated != nullptr) {
+      for (int64_t i = 0; i < n; ++i) s.reward[i] = reward[i] + (terminated[i] != 0 ? T(0) : gamma * next[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) s.reward[i] = reward[i] + gamma * next[i];
+    }
     t.reward = s.reward;
   }
   return t;
@@ -180,13 +299,16 @@ inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScrat
 
 template <typename T>
 T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T gamma_lam, T carry, ScanMode mode, Affine<T>* total) {
-  const GaeCoefficients<T> c = gae_coefficients<T>(gamma_lam, p.next_values.data != nullptr ? T(0) : gamma);
+  const GaeCoefficients<T> c(gamma, gamma_lam);
+  GaeCarry<T> state{Vec<T>::all(carry), Vec<T>::all(T(0)), T(1)};
   GaeScratch<T> s;
   for (int64_t stop = end; stop > begin; stop -= kTile) {
     const int64_t start = std::max(begin, stop - kTile), n = stop - start;
     const Rect rect{1, n};
     const auto origin = [&](const auto& x) { return seq * x.seq_stride + (seq_origin + start) * x.time_stride; };
-    GaeTile<T> t = load_gae_tile<T>(p, n, gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.time_stride, rect, scratch); });
+    GaeTile<T> t = load_gae_tile<T>(
+        p, n, gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.time_stride, rect, scratch); },
+        [&](const Operand& x, uint8_t* scratch) { return load_flags(x, origin(x), x.time_stride, n, scratch); });
     if (mode != ScanMode::kAggregate) {
       t.advantages = direct_rect<T>(p.advantages, origin(p.advantages), 0, p.advantages.time_stride, rect);
       t.returns = direct_rect<T>(p.returns, origin(p.returns), 0, p.returns.time_stride, rect);
@@ -194,12 +316,13 @@ T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, i
     const bool direct_advantages = t.advantages != nullptr, direct_returns = t.returns != nullptr;
     if (!direct_advantages) t.advantages = s.advantages;
     if (!direct_returns) t.returns = s.returns;
-    carry = t.valid != nullptr ? gae_tile<T, true>(t, c, carry, mode, total) : gae_tile<T, false>(t, c, carry, mode, total);
+    state = p.next_values.data != nullptr ? gae_tile<true>(t, c, state, mode) : gae_tile<false>(t, c, state, mode);
     if (mode == ScanMode::kAggregate) continue;
     if (!direct_advantages) store_run(t.advantages, n, p.advantages, origin(p.advantages), p.advantages.time_stride);
     if (!direct_returns) store_run(t.returns, n, p.returns, origin(p.returns), p.returns.time_stride);
   }
-  return carry;
+  if (mode != ScanMode::kEmit) *total = {state.a, first_lane(state.b)};
+  return first_lane(state.carry);
 }
 
 template <typename T>
@@ -209,25 +332,57 @@ T element(const Operand& x, int64_t index) {
   return value;
 }
 
-// One time step of `n` sequences: the carries move from right to left in place.
-template <typename T, bool kFlags>
-inline void gae_step_of_columns(const GaeTile<T>& t, T gamma_lam, T carried, T* carries) {
-  for (int64_t i = 0; i < t.n; ++i) {
-    const T base = t.reward[i] - t.value[i];
-    const T adv = base + (kFlags ? t.keep[i] * carries[i] : carries[i]);
-    const T ret = adv + t.value[i];
-    const T left = gamma_lam * adv + carried * t.value[i];
-    const bool valid = !kFlags || t.valid[i] != T(0);
-    t.advantages[i] = valid ? adv : T(0);
-    t.returns[i] = valid ? ret : T(0);
-    carries[i] = valid ? left : carries[i];
+// One time step of eight sequences, lanes being sequences; `carry` in place.
+template <bool kNextValues, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> dense_columns(const T* reward, const T* value, const GaeCoefficients<T>& c, Vec<T>& carry) {
+  const GaeLanes<T> in = load_lanes(reward, value);
+  const Vec<T> advantages = in.base + carry;
+  carry = kNextValues ? c.gamma_lam * advantages : c.gamma_lam * advantages + c.gamma * in.value;
+  return {advantages, advantages + in.value};
+}
+
+template <bool kNextValues, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> flagged_columns(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, Vec<T>& carry) {
+  const Vec<T> zero = Vec<T>::all(T(0));
+  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]);
+  Vec<T> next = select(lanes_of<T>(kLaneMoves.of[ends]), zero, carry);
+  const GaeOutputs<T> out = dense_columns<kNextValues>(reward, value, c, next);
+  carry = select(lanes, next, carry);
+  return {select(lanes, out.advantages, zero), select(lanes, out.returns, zero)};
+}
+
+// One time step of n sequences; carries: room for whole groups.
+template <bool kNextValues, typename T>
+inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, T* carries) {
+  int64_t at = 0;
+  while (t.n - at >= kLanes) {
+    const int64_t columns = std::min<int64_t>(kBlock, (t.n - at) / kLanes * kLanes);
+    const FlagWords flags = flag_words(t, at, columns);
+    for (int64_t i = 0; i < columns; i += kLanes, at += kLanes) {
+      Vec<T> carry = Vec<T>::load(carries + at);
+      const GaeOutputs<T> out = flags.plain ? dense_columns<kNextValues>(t.reward + at, t.value + at, c, carry)
+                                            : flagged_columns<kNextValues>(t.reward + at, t.value + at, flags.valid_lanes(i), flags.ends_lanes(i), c, carry);
+      carry.store(carries + at);
+      out.store(t.advantages + at, t.returns + at);
+    }
+  }
+  if (const int64_t rest = t.n - at; rest > 0) {  // the last n % kLanes sequences, other lanes masked
+    T value[kLanes] = {}, reward[kLanes] = {}, advantages[kLanes], returns[kLanes];
+    std::copy(t.value + at, t.value + t.n, value);
+    std::copy(t.reward + at, t.reward + t.n, reward);
+    const FlagWords flags = flag_words(t, at, rest);
+    Vec<T> carry = Vec<T>::load(carries + at);
+    flagged_columns<kNextValues>(reward, value, flags.valid, flags.ends, c, carry).store(advantages, returns);
+    carry.store(carries + at);
+    std::copy(advantages, advantages + rest, t.advantages + at);
+    std::copy(returns, returns + rest, t.returns + at);
   }
 }
 
 template <typename T>
 void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T gamma_lam) {
   const bool next = p.next_values.data != nullptr;
-  const T carried = next ? T(0) : gamma;
+  const GaeCoefficients<T> c(gamma, gamma_lam);
   GaeScratch<T> s;
   alignas(64) T carries[kTile] = {};
   if (!next && p.bootstrap_values.data != nullptr) {
@@ -237,15 +392,17 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T ga
   const Rect rect{1, count};
   for (int64_t step = p.layout.seq_len - 1; step >= 0; --step) {
     const auto origin = [&](const auto& x) { return first * x.seq_stride + step * x.time_stride; };
-    GaeTile<T> t = load_gae_tile<T>(p, count, gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.seq_stride, rect, scratch); });
+    GaeTile<T> t = load_gae_tile<T>(
+        p, count, gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.seq_stride, rect, scratch); },
+        [&](const Operand& x, uint8_t* scratch) { return load_flags(x, origin(x), x.seq_stride, count, scratch); });
     T* direct_advantages = direct_rect<T>(p.advantages, origin(p.advantages), 0, p.advantages.seq_stride, rect);
     T* direct_returns = direct_rect<T>(p.returns, origin(p.returns), 0, p.returns.seq_stride, rect);
     t.advantages = direct_advantages != nullptr ? direct_advantages : s.advantages;
     t.returns = direct_returns != nullptr ? direct_returns : s.returns;
-    if (t.valid != nullptr) {
-      gae_step_of_columns<T, true>(t, gamma_lam, carried, carries);
+    if (next) {
+      gae_step_of_columns<true>(t, c, carries);
     } else {
-      gae_step_of_columns<T, false>(t, gamma_lam, carried, carries);
+      gae_step_of_columns<false>(t, c, carries);
     }
     if (direct_advantages == nullptr) store_run(t.advantages, count, p.advantages, origin(p.advantages), p.advantages.seq_stride);
     if (direct_returns == nullptr) store_run(t.returns, count, p.returns, origin(p.returns), p.returns.seq_stride);

@@ -18,11 +18,12 @@ struct Vec {
   static constexpr int kParts = kLanes / kPartLanes;
   static_assert(kParts >= 1 && kParts * kPartLanes == kLanes);
   typedef T Part __attribute__((vector_size(FUSED_CRITIC_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(FUSED_CRITIC_VECTOR_BYTES), aligned(alignof(T)), may_alias));
   Part part[kParts];
 
   FUSED_CRITIC_INLINE static Vec load(const T* p) {
     Vec v;
-    std::memcpy(&v, p, sizeof(v));
+    for (int i = 0; i < kParts; ++i) v.part[i] = reinterpret_cast<const Unaligned*>(p)[i];
     return v;
   }
   FUSED_CRITIC_INLINE static Vec all(T x) {
@@ -30,7 +31,9 @@ struct Vec {
     for (int i = 0; i < kParts; ++i) v.part[i] = x - Part{};
     return v;
   }
-  FUSED_CRITIC_INLINE void store(T* p) const { std::memcpy(p, this, sizeof(*this)); }
+  FUSED_CRITIC_INLINE void store(T* p) const {
+    for (int i = 0; i < kParts; ++i) reinterpret_cast<Unaligned*>(p)[i] = part[i];
+  }
 };
 
 template <typename T>
@@ -155,31 +158,48 @@ FUSED_CRITIC_INLINE Vec<T> min(const Vec<T>& a, const Vec<T>& b) {
   return c;
 }
 
+// Lane i is lane from(i) of v, or lane from(i) - kLanes of w. from: known at compile time, and such that the lanes of a part come from two parts.
+template <typename T, typename From>
+FUSED_CRITIC_INLINE Vec<T> lanes_from(const Vec<T>& v, const Vec<T>& w, From from) {
+  constexpr int kPartLanes = Vec<T>::kPartLanes, kParts = Vec<T>::kParts;
+  Vec<T> out;
+  for (int i = 0; i < kParts; ++i) {
+    const int first = from(i * kPartLanes) / kPartLanes;
+    int second = first;
+    typename Mask<T>::Part index;
+    for (int lane = 0; lane < kPartLanes; ++lane) {
+      const int part = from(i * kPartLanes + lane) / kPartLanes, within = from(i * kPartLanes + lane) % kPartLanes;
+      if (part != first) second = part;
+      index[lane] = part != first ? within + kPartLanes : within;
+    }
+    const auto a = first < kParts ? v.part[first] : w.part[first - kParts], b = second < kParts ? v.part[second] : w.part[second - kParts];
+#ifdef __clang__
+    for (int lane = 0; lane < kPartLanes; ++lane) out.part[i][lane] = index[lane] < kPartLanes ? a[index[lane]] : b[index[lane] - kPartLanes];  // a constant shuffle after unrolling
+#else
+    out.part[i] = __builtin_shuffle(a, b, index);
+#endif
+  }
+  return out;
+}
+
 // Lanes move down by kBy: lane i gets lane i + kBy of v, or of `fill` where that is beyond the last lane.
 template <int kBy, typename T>
 FUSED_CRITIC_INLINE Vec<T> shift_down(const Vec<T>& v, const Vec<T>& fill) {
-  constexpr int kPartLanes = Vec<T>::kPartLanes, kParts = Vec<T>::kParts;
-  constexpr int kWhole = kBy / kPartLanes, kRest = kBy % kPartLanes;
-  Vec<T> out;
-  for (int i = 0; i < kParts; ++i) {
-    const int from = i + kWhole;
-    const auto lower = from < kParts ? v.part[from] : fill.part[from - kParts];
-    if constexpr (kRest == 0) {
-      out.part[i] = lower;
-    } else {
-      const auto upper = from + 1 < kParts ? v.part[from + 1] : fill.part[from + 1 - kParts];
-      typename Mask<T>::Part index;
-      for (int lane = 0; lane < kPartLanes; ++lane) index[lane] = lane + kRest;
-#ifdef __clang__
-      typename Vec<T>::Part moved;  // a constant shuffle after unrolling
-      for (int lane = 0; lane < kPartLanes; ++lane) moved[lane] = lane + kRest < kPartLanes ? lower[lane + kRest] : upper[lane + kRest - kPartLanes];
-      out.part[i] = moved;
-#else
-      out.part[i] = __builtin_shuffle(lower, upper, index);
-#endif
-    }
-  }
-  return out;
+  return lanes_from(v, fill, [](int lane) { return lane + kBy; });
+}
+
+// The same within each half of the lanes, zeros entering.
+template <int kBy, typename T>
+FUSED_CRITIC_INLINE Vec<T> shift_down_in_halves(const Vec<T>& v) {
+  constexpr int kHalf = kLanes / 2;
+  return lanes_from(v, Vec<T>::all(T(0)), [](int lane) { return lane % kHalf + kBy < kHalf ? lane + kBy : lane + kLanes; });
+}
+
+// The first lane of the upper half throughout the lower half, and zeros above.
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> upper_to_lower(const Vec<T>& v) {
+  constexpr int kHalf = kLanes / 2;
+  return lanes_from(v, Vec<T>::all(T(0)), [](int lane) { return lane < kHalf ? kHalf : lane + kLanes; });
 }
 
 template <typename T>
@@ -200,6 +220,142 @@ FUSED_CRITIC_INLINE T highest(const Vec<T>& v) {
   v.store(x);
   return std::max(std::max(std::max(x[0], x[1]), std::max(x[2], x[3])), std::max(std::max(x[4], x[5]), std::max(x[6], x[7])));
 }
+
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> broadcast_first(const Vec<T>& v) {
+  return Vec<T>::all(first_lane(v));
+}
+
+// Lanes 0 4 1 5 2 6 3 7, and back.
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> interleave_halves(const Vec<T>& v) {
+  return lanes_from(v, v, [](int lane) { return lane / 2 + lane % 2 * (kLanes / 2); });
+}
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> separate_halves(const Vec<T>& v) {
+  return lanes_from(v, v, [](int lane) { return lane % (kLanes / 2) * 2 + lane / (kLanes / 2); });
+}
+
+// Transposes the 4 x 4 lanes of the lower halves, and those of the upper halves. Its own inverse.
+template <typename T>
+FUSED_CRITIC_INLINE void transpose_in_halves(Vec<T> (&rows)[4]) {
+  // Within each half, of v and w: v0 w0 v1 w1 and v2 w2 v3 w3; v0 v1 w0 w1 and v2 v3 w2 w3.
+  const auto low_each = [](int lane) { return lane / 4 * 4 + lane % 4 / 2 + lane % 2 * kLanes; };
+  const auto high_each = [](int lane) { return lane / 4 * 4 + 2 + lane % 4 / 2 + lane % 2 * kLanes; };
+  const auto low_pairs = [](int lane) { return lane / 4 * 4 + lane % 2 + lane % 4 / 2 * kLanes; };
+  const auto high_pairs = [](int lane) { return lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * kLanes; };
+  const Vec<T> a = lanes_from(rows[0], rows[1], low_each), b = lanes_from(rows[0], rows[1], high_each);
+  const Vec<T> c = lanes_from(rows[2], rows[3], low_each), d = lanes_from(rows[2], rows[3], high_each);
+  rows[0] = lanes_from(a, c, low_pairs);
+  rows[1] = lanes_from(a, c, high_pairs);
+  rows[2] = lanes_from(b, d, low_pairs);
+  rows[3] = lanes_from(b, d, high_pairs);
+}
+
+// Bit i is set where byte i is not zero: of 32 bytes, and of n <= 32.
+FUSED_CRITIC_INLINE uint32_t bits_of(const uint8_t* bytes) {
+  uint32_t bits = 0;
+#if defined(__x86_64__)
+  typedef char Bytes __attribute__((vector_size(16)));
+  Bytes x[2];
+  std::memcpy(x, bytes, sizeof(x));
+  for (int i = 0; i < 2; ++i) bits |= uint32_t(__builtin_ia32_pmovmskb128(Bytes(x[i] == Bytes{}))) << (16 * i);
+  return ~bits;
+#else
+  uint64_t x[4];
+  std::memcpy(x, bytes, sizeof(x));
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t low = 0x7F7F7F7F7F7F7F7Full, set = (((x[i] & low) + low) | x[i]) & ~low;  // the top bit of each byte that is not zero
+    bits |= uint32_t((set >> 7) * 0x0102040810204080ull >> 56) << (8 * i);                    // gathers eight bits that lie eight apart
+  }
+  return bits;
+#endif
+}
+inline uint32_t bits_of(const uint8_t* bytes, int64_t n) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) bits |= uint32_t(bytes[i] != 0) << i;
+  return bits;
+}
+
+// What there is to know of a set of lanes, one bit each.
+struct LaneMoves {
+  int8_t lanes[kLanes];      // -1 for those in the set
+  uint8_t together[kLanes];  // moves them, in order, to the lower end; the lanes above get one that is not in the set
+  uint8_t after[kLanes];     // from there: gives each of them what lies one above it
+  int32_t count;
+};
+
+struct LaneMovesTable {
+  LaneMoves of[1 << kLanes];
+};
+
+constexpr LaneMovesTable lane_moves() {
+  LaneMovesTable table{};
+  for (int bits = 0; bits < 1 << kLanes; ++bits) {
+    LaneMoves& moves = table.of[bits];
+    int outside = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if ((bits >> lane & 1) == 0) {
+        outside = lane;
+        continue;
+      }
+      moves.lanes[lane] = -1;
+      moves.together[moves.count++] = uint8_t(lane);
+      moves.after[lane] = uint8_t(moves.count % kLanes);
+    }
+    for (int to = moves.count; to < kLanes; ++to) moves.together[to] = uint8_t(outside);
+  }
+  return table;
+}
+
+constexpr LaneMovesTable kLaneMoves = lane_moves();
+
+// Lane i becomes lane index[i].
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> permute(const Vec<T>& v, const uint8_t (&index)[kLanes]) {
+  T from[kLanes], to[kLanes];
+  v.store(from);
+  for (int i = 0; i < kLanes; ++i) to[i] = from[index[i]];
+  return Vec<T>::load(to);
+}
+
+template <typename T>
+FUSED_CRITIC_INLINE Mask<T> lanes_of(const LaneMoves& moves) {
+  Mask<T> m;
+  for (int i = 0; i < Vec<T>::kParts; ++i) {
+    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) m.part[i][lane] = moves.lanes[i * Vec<T>::kPartLanes + lane];
+  }
+  return m;
+}
+
+#if defined(__x86_64__) && FUSED_CRITIC_VECTOR_BYTES == 32
+// Eight bytes as lanes. What GCC makes of __builtin_convertvector is far from the one instruction.
+template <typename Byte>
+FUSED_CRITIC_INLINE Mask<float>::Part widen(const Byte (&bytes)[kLanes]) {
+#ifdef __clang__
+  typedef Byte Bytes __attribute__((vector_size(kLanes)));
+  Bytes x;
+  std::memcpy(&x, bytes, kLanes);
+  return __builtin_convertvector(x, Mask<float>::Part);
+#else
+  typedef long long Words __attribute__((vector_size(16)));
+  typedef char Bytes __attribute__((vector_size(16)));
+  long long word;
+  std::memcpy(&word, bytes, kLanes);
+  const Bytes x = Bytes(Words{word, 0});
+  if constexpr (Byte(-1) < 0) return __builtin_ia32_pmovsxbd256(x);
+  return __builtin_ia32_pmovzxbd256(x);
+#endif
+}
+template <>
+FUSED_CRITIC_INLINE Vec<float> permute(const Vec<float>& v, const uint8_t (&index)[kLanes]) {
+  return {{__builtin_ia32_permvarsf256(v.part[0], widen(index))}};
+}
+template <>
+FUSED_CRITIC_INLINE Mask<float> lanes_of(const LaneMoves& moves) {
+  return {{widen(moves.lanes)}};
+}
+#endif
 
 // Sum in a fixed order, in double.
 template <typename T>

@@ -71,6 +71,29 @@ inline void convert_run(const Operand& x, int64_t offset, int64_t stride, int64_
   }
 }
 
+// Flags as bytes, non-zero where set: n elements from element `offset` on, in place or converted into scratch.
+inline const uint8_t* load_flags(const Operand& x, int64_t offset, int64_t stride, int64_t n, uint8_t* scratch) {
+  const auto convert = [&](const auto* data, auto is_set) {
+    convert_run(data + offset, stride, n, scratch, [&](auto v) { return uint8_t(is_set(v)); });
+  };
+  const auto not_zero = [](auto v) { return v != 0; };
+  const auto half_not_zero = [](uint16_t v) { return (v & 0x7FFFu) != 0; };
+  switch (x.dtype) {
+    case DType::kFloat64: convert(static_cast<const double*>(x.data), not_zero); break;
+    case DType::kFloat32: convert(static_cast<const float*>(x.data), not_zero); break;
+    case DType::kBFloat16:
+    case DType::kFloat16: convert(static_cast<const uint16_t*>(x.data), half_not_zero); break;
+    case DType::kInt8:
+      if (stride == 1) return static_cast<const uint8_t*>(x.data) + offset;
+      convert(static_cast<const uint8_t*>(x.data), not_zero);
+      break;
+    case DType::kInt16: convert(static_cast<const int16_t*>(x.data), not_zero); break;
+    case DType::kInt32: convert(static_cast<const int32_t*>(x.data), not_zero); break;
+    case DType::kInt64: convert(static_cast<const int64_t*>(x.data), not_zero); break;
+  }
+  return scratch;
+}
+
 template <typename T>
 inline void store_run(const T* from, int64_t n, const Output& y, int64_t offset, int64_t stride) {
   const auto put = [&](auto* to, auto convert) {
