@@ -22,6 +22,9 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         loss, stats = fused_critic.value_loss(values, x[1], x[2], mask, reduction="seq-mean-token-mean", time_dim=time_dim)
         loss.backward()
         out = fused_critic.gae(x[2], x[0], mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+        ends, padding = scrambled[3] % 61 == 0, torch.arange(1237) < 1000 + 50 * torch.arange(5)[:, None]
+        out += fused_critic.gae(x[2], x[0], mask, terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)
+        out += fused_critic.gae(x[2], x[0], padding, next_values=x[1], terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)
         for tensor in (loss.detach(), stats.moments, values.grad, *out, fused_critic.gae(x[2], x[0], gamma=0.99, lam=0.95).returns):
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 print(torch.ops.fused_critic._cpu_capability(), digest.hexdigest())

@@ -198,6 +198,122 @@ def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked)
         cases.assert_same_bits(other.returns, results[0].returns)
 
 
+# What the CPU kernels tell apart: blocks without a flag, groups that are full, empty or mixed, groups with an end, and leftovers of each.
+def flag_pattern(name, shape, generator):
+    positions = torch.arange(shape[-1]).expand(shape)
+    if name == "full":
+        return torch.ones(shape, dtype=torch.bool)
+    if name == "empty":
+        return torch.zeros(shape, dtype=torch.bool)
+    if name == "right padding":
+        return positions < torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
+    if name == "left padding":
+        return positions >= torch.randint(0, shape[-1], (*shape[:-1], 1), generator=generator)
+    if name == "turns":  # runs of up to 150 tokens, the first and the last of either kind
+        return (torch.rand(shape, generator=generator) < 1 / 75).cumsum(-1) % 2 == 0
+    if name == "rare gaps":
+        return torch.rand(shape, generator=generator) >= 0.01
+    return torch.rand(shape, generator=generator) < 0.6
+
+
+PATTERNS = ("full", "empty", "right padding", "left padding", "turns", "rare gaps", "random")
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 32, 33, 40, 63, 65, 1023, 1024, 1025, 1063, 2500])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("follow", ["nothing", "terminated", "truncated"])
+def test_flag_patterns_at_the_edges_of_blocks(device, length, pattern, follow):
+    generator = torch.Generator().manual_seed(length)
+    shape = (3, length)
+    rewards, values, next_values = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+    mask = flag_pattern(pattern, shape, generator).to(device)
+    options = {} if follow == "nothing" else {"terminated": (torch.rand(shape, generator=generator) < 0.02).to(device)}
+    if follow == "truncated":
+        options |= {"truncated": (torch.rand(shape, generator=generator) < 0.02).to(device), "next_values": next_values}
+    compare(rewards, values, mask, gamma=0.99, lam=0.95, **options)
+    if pattern == "full":
+        with_mask = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, **options)
+        without = fused_critic.gae(rewards, values, gamma=0.99, lam=0.95, **options)
+        for a, b in zip(with_mask, without):
+            cases.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_masked_contents_have_no_influence_in_long_rows(device, pattern, poison):
+    generator = torch.Generator().manual_seed(12)
+    shape = (2, 9001)
+    rewards, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    mask = flag_pattern(pattern, shape, generator).to(device)
+    clean = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95)
+    dirty = fused_critic.gae(*(torch.where(mask, x, poison) for x in (rewards, values)), mask, gamma=0.99, lam=0.95)
+    for a, b in zip(clean, dirty):
+        cases.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_token_has_no_influence_on_later_ones(device, masked, poison):
+    """One row for each place of the poison: within a block, every lane and every segment of it."""
+    generator = torch.Generator().manual_seed(13)
+    length = 75
+    rewards, values = (torch.randn(length, generator=generator).repeat(length, 1) for _ in range(2))
+    mask = flag_pattern("random" if masked else "full", (length,), generator).repeat(length, 1)
+    clean = fused_critic.gae(rewards.to(device), values.to(device), mask.to(device), gamma=0.99, lam=0.95)
+    rewards.fill_diagonal_(poison)
+    dirty = fused_critic.gae(rewards.to(device), values.to(device), mask.to(device), gamma=0.99, lam=0.95)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for a, b in zip(clean, dirty):
+        cases.assert_same_bits(a.cpu()[later], b.cpu()[later])
+        assert not b.cpu().diagonal()[mask[0]].isfinite().any()
+
+
+@pytest.mark.parametrize("pattern", ["turns", "rare gaps", "random"])
+def test_masked_positions_are_as_if_left_out(device, pattern):
+    generator = torch.Generator().manual_seed(14)
+    rewards, values = (torch.randn(5000, generator=generator).to(device) for _ in range(2))
+    mask = flag_pattern(pattern, (5000,), generator).to(device)
+    ends = (torch.rand(5000, generator=generator) < 0.01).to(device)
+    got = fused_critic.gae(rewards, values, mask, terminated=ends, gamma=0.99, lam=0.95)
+    compact = fused_critic.gae(rewards[mask], values[mask], terminated=ends[mask], gamma=0.99, lam=0.95)
+    for a, b in zip(got, compact):
+        cases.assert_close(a[mask], b, cases.FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [100, 3000, 9001])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_row_does_not_depend_on_its_neighbours_on_the_cpu(length, pattern):
+    generator = torch.Generator().manual_seed(15)
+    shape = (5, length)
+    rewards, values = (torch.randn(shape, generator=generator) for _ in range(2))
+    mask, ends = flag_pattern(pattern, shape, generator), torch.rand(shape, generator=generator) < 0.01
+    together = fused_critic.gae(rewards, values, mask, terminated=ends, gamma=0.99, lam=0.95)
+    for row in range(len(rewards)):
+        alone = fused_critic.gae(rewards[row], values[row], mask[row], terminated=ends[row], gamma=0.99, lam=0.95)
+        for a, b in zip(together, alone):
+            cases.assert_same_bits(a[row], b)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("follow", ["nothing", "terminated", "next_values"])
+def test_split_rows_have_the_same_bits_for_every_number_of_threads(threads, pattern, follow):
+    generator = torch.Generator().manual_seed(17)
+    rewards, values, next_values = (torch.randn(1, 40_003, generator=generator) for _ in range(3))
+    mask = flag_pattern(pattern, rewards.shape, generator)
+    options = {}
+    if follow == "terminated":
+        options["terminated"] = torch.rand(rewards.shape, generator=generator) < 0.001
+    if follow == "next_values":
+        options["next_values"] = next_values
+    results = []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        results.append(fused_critic.gae(rewards, values, mask, gamma=0.9999, lam=1.0, **options))
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            cases.assert_same_bits(a, b)
+
+
 def test_offsets_beyond_31_bits(device):
     compare_far(device)
 

@@ -68,11 +68,11 @@ struct LanePowers {
 
 template <typename T>
 struct GaeCoefficients {
-  Vec<T> gamma, gamma_lam;
-  LanePowers<T> token, segment;  // of gamma lam: a lane is a token, or a segment of kBlockGroups tokens
+  Vec<T> gamma, gamma_lam, cube;  // cube: (gamma lam)^3
+  LanePowers<T> token, segment;   // of gamma lam: a lane is a token, or a segment of kBlockGroups tokens
 
   GaeCoefficients(T gamma, T gamma_lam)
-      : gamma(Vec<T>::all(gamma)), gamma_lam(Vec<T>::all(gamma_lam)), token(gamma_lam), segment(gamma_lam * gamma_lam * (gamma_lam * gamma_lam)) {}
+      : gamma(Vec<T>::all(gamma)), gamma_lam(Vec<T>::all(gamma_lam)), cube(Vec<T>::all(gamma_lam * gamma_lam * gamma_lam)), token(gamma_lam), segment(gamma_lam * gamma_lam * (gamma_lam * gamma_lam)) {}
 };
 
 // The carry in every lane, and the composed map of the range so far (aggregating modes), its constant part in every lane.
@@ -143,26 +143,47 @@ FUSED_CRITIC_INLINE GaeOutputs<T> dense_group(const GaeLanes<T>& in, const GaeCo
   return {advantages, advantages + in.value};
 }
 
+// Of a block, transposed: lane i holds a segment of kBlockGroups tokens.
+template <typename T>
+struct BlockScratch {
+  Vec<T> last[kBlockGroups - 1];  // the constant parts of the maps of its last three tokens, last two, and last
+  Vec<T> segment;                 // of the whole, in order; later what enters it, in transposed order
+};
+
+// `blocks` blocks that start at token `at`, all valid and without ends: in three passes, because a pass of its own has short chains of
+// operations and overlaps with itself.
 template <bool kNextValues, ScanMode kMode, typename T>
-FUSED_CRITIC_INLINE void dense_block(const T* reward, const T* value, const GaeCoefficients<T>& c, GaeCarry<T>& state, T* advantages, T* returns) {
-  GaeLanes<T> in[kBlockGroups];
-  Vec<T> x[kBlockGroups];
-  for (int i = 0; i < kBlockGroups; ++i) {
-    in[i] = load_lanes(reward + i * kLanes, value + i * kLanes);
-    x[i] = constant_parts<kNextValues>(in[i], c);
-  }
-  transpose_in_halves(x);  // lane i of x[j]: token j of segment 2 i, or in the upper half of segment 2 (i - 4) + 1
-  const Vec<T> segments = c.gamma_lam * (c.gamma_lam * (c.gamma_lam * x[3] + x[2]) + x[1]) + x[0];
-  const Vec<T> entering = separate_halves(entering_alike<kMode>(interleave_halves(segments), c.segment, state));
-  if constexpr (kMode != ScanMode::kAggregate) {
-    const Vec<T> third = c.gamma_lam * entering + x[3], second = c.gamma_lam * third + x[2], first = c.gamma_lam * second + x[1];
-    Vec<T> enters[kBlockGroups] = {first, second, third, entering};
-    transpose_in_halves(enters);
-    for (int i = 0; i < kBlockGroups; ++i) {
-      const Vec<T> adv = in[i].base + enters[i];
-      GaeOutputs<T>{adv, adv + in[i].value}.store(advantages + i * kLanes, returns + i * kLanes);
+inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks, const GaeCoefficients<T>& c, const GaeCarry<T>& entering,
+                                BlockScratch<T>* scratch) {
+  GaeCarry<T> state = entering;
+  const T *reward = t.reward + at, *value = t.value + at;
+  T *advantages = t.advantages + at, *returns = t.returns + at;
+  for (int64_t k = blocks - 1; k >= 0; --k) {
+    Vec<T> x[kBlockGroups];
+    for (int i = 0; i < kBlockGroups; ++i) x[i] = constant_parts<kNextValues>(load_lanes(reward + k * kBlock + i * kLanes, value + k * kBlock + i * kLanes), c);
+    transpose_in_halves(x);
+    const Vec<T> two = c.gamma_lam * x[3] + x[2], three = c.gamma_lam * two + x[1];
+    scratch[k].segment = interleave_halves(c.gamma_lam * three + x[0]);
+    if constexpr (kMode != ScanMode::kAggregate) {
+      scratch[k].last[0] = three;
+      scratch[k].last[1] = two;
+      scratch[k].last[2] = x[3];
     }
   }
+  for (int64_t k = blocks - 1; k >= 0; --k) scratch[k].segment = separate_halves(entering_alike<kMode>(scratch[k].segment, c.segment, state));
+  if constexpr (kMode == ScanMode::kAggregate) return state;
+  for (int64_t k = blocks - 1; k >= 0; --k) {
+    const Vec<T>*last = scratch[k].last, x0 = scratch[k].segment;
+    Vec<T> x[kBlockGroups] = {c.cube * x0 + last[0], c.token.two * x0 + last[1], c.gamma_lam * x0 + last[2], x0};
+    transpose_in_halves(x);
+    for (int i = 0; i < kBlockGroups; ++i) {
+      const int64_t from = k * kBlock + i * kLanes;
+      const GaeLanes<T> in = load_lanes(reward + from, value + from);
+      const Vec<T> adv = in.base + x[i];
+      GaeOutputs<T>{adv, adv + in.value}.store(advantages + from, returns + from);
+    }
+  }
+  return state;
 }
 
 // Some lanes are not valid.
@@ -216,11 +237,12 @@ FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uin
 
 template <bool kNextValues, ScanMode kMode, typename T>
 inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeCarry<T> state) {
+  BlockScratch<T> scratch[kTile / kBlock];
   int64_t end = t.n;
   while (true) {
-    for (const int64_t stop = end - plain_run(t, end); end > stop; end -= kBlock) {
-      const int64_t at = end - kBlock;
-      dense_block<kNextValues, kMode>(t.reward + at, t.value + at, c, state, t.advantages + at, t.returns + at);
+    if (const int64_t run = plain_run(t, end); run > 0) {
+      end -= run;
+      state = dense_blocks<kNextValues, kMode>(t, end, run / kBlock, c, state, scratch);
     }
     if (end < kLanes) break;
     const int64_t tokens = std::min<int64_t>(kBlock, end / kLanes * kLanes), at = end - tokens;
@@ -354,16 +376,23 @@ FUSED_CRITIC_INLINE GaeOutputs<T> flagged_columns(const T* reward, const T* valu
 // One time step of n sequences; carries: room for whole groups.
 template <bool kNextValues, typename T>
 inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, T* carries) {
+  const bool flagged = t.valid != nullptr || t.ends != nullptr;
   int64_t at = 0;
   while (t.n - at >= kLanes) {
-    const int64_t columns = std::min<int64_t>(kBlock, (t.n - at) / kLanes * kLanes);
-    const FlagWords flags = flag_words(t, at, columns);
-    for (int64_t i = 0; i < columns; i += kLanes, at += kLanes) {
-      Vec<T> carry = Vec<T>::load(carries + at);
-      const GaeOutputs<T> out = flags.plain ? dense_columns<kNextValues>(t.reward + at, t.value + at, c, carry)
-                                            : flagged_columns<kNextValues>(t.reward + at, t.value + at, flags.valid_lanes(i), flags.ends_lanes(i), c, carry);
-      carry.store(carries + at);
-      out.store(t.advantages + at, t.returns + at);
+    const int64_t columns = std::min<int64_t>(flagged ? kBlock : t.n, (t.n - at) / kLanes * kLanes), end = at + columns;
+    const FlagWords flags = flagged ? flag_words(t, at, columns) : FlagWords{0, 0, true};
+    if (flags.plain) {
+      for (; at < end; at += kLanes) {
+        Vec<T> carry = Vec<T>::load(carries + at);
+        dense_columns<kNextValues>(t.reward + at, t.value + at, c, carry).store(t.advantages + at, t.returns + at);
+        carry.store(carries + at);
+      }
+    } else {
+      for (int64_t i = 0; at < end; i += kLanes, at += kLanes) {
+        Vec<T> carry = Vec<T>::load(carries + at);
+        flagged_columns<kNextValues>(t.reward + at, t.value + at, flags.valid_lanes(i), flags.ends_lanes(i), c, carry).store(t.advantages + at, t.returns + at);
+        carry.store(carries + at);
+      }
     }
   }
   if (const int64_t rest = t.n - at; rest > 0) {  // the last n % kLanes sequences, other lanes masked
