@@ -1,7 +1,7 @@
 // Vectorised GAE. Included once per instruction set (see simd.h).
 //
-// Within a row, the tokens of a tile are taken from the last to the first in blocks of 32, and a block is four groups of eight lanes. The flags of
-// a block are two words of bits, and they say what is done:
+// Within a row, the tokens of a tile are taken from the last to the first in blocks of 32; a block is four groups of eight lanes. The flags
+// of a block are two words of bits, and they say what is done:
 //   block, all valid, no ends     turned so that every lane holds four tokens in a row, which need no shuffles; the lanes are scanned once
 //   group, all valid, no ends     its steps are alike, so only the constant parts of their maps are scanned
 //   group, some valid, no ends    the constant parts of the valid tokens are moved together, scanned as above and the results moved back
@@ -53,8 +53,8 @@ FUSED_CRITIC_INLINE int64_t plain_run(const GaeTile<T>& t, int64_t end) {
 // Powers of the slope that all lanes share.
 template <typename T>
 struct LanePowers {
-  Vec<T> one, two;  // slope^1, slope^2
-  Vec<T> across;    // slope^(4 - lane) in the lower half: from the upper half's first lane to there
+  Vec<T> one, two;          // slope^1, slope^2
+  Vec<T> across;            // slope^(4 - lane) in the lower half: from the upper half's first lane to there
   T down[2 * kLanes] = {};  // slope^8, slope^7, ..., 1, 0, ...
 
   explicit LanePowers(T slope) : one(Vec<T>::all(slope)), two(Vec<T>::all(slope * slope)) {
@@ -72,7 +72,11 @@ struct GaeCoefficients {
   LanePowers<T> token, segment;   // of gamma lam: a lane is a token, or a segment of kBlockGroups tokens
 
   GaeCoefficients(T gamma, T gamma_lam)
-      : gamma(Vec<T>::all(gamma)), gamma_lam(Vec<T>::all(gamma_lam)), cube(Vec<T>::all(gamma_lam * gamma_lam * gamma_lam)), token(gamma_lam), segment(gamma_lam * gamma_lam * (gamma_lam * gamma_lam)) {}
+      : gamma(Vec<T>::all(gamma)),
+        gamma_lam(Vec<T>::all(gamma_lam)),
+        cube(Vec<T>::all(gamma_lam * gamma_lam * gamma_lam)),
+        token(gamma_lam),
+        segment(*token.entering(kBlockGroups)) {}
 };
 
 // The carry in every lane, and the composed map of the range so far (aggregating modes), its constant part in every lane.
@@ -160,7 +164,10 @@ inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks,
   T *advantages = t.advantages + at, *returns = t.returns + at;
   for (int64_t k = blocks - 1; k >= 0; --k) {
     Vec<T> x[kBlockGroups];
-    for (int i = 0; i < kBlockGroups; ++i) x[i] = constant_parts<kNextValues>(load_lanes(reward + k * kBlock + i * kLanes, value + k * kBlock + i * kLanes), c);
+    for (int i = 0; i < kBlockGroups; ++i) {
+      const int64_t from = k * kBlock + i * kLanes;
+      x[i] = constant_parts<kNextValues>(load_lanes(reward + from, value + from), c);
+    }
     transpose_in_halves(x);
     const Vec<T> two = c.gamma_lam * x[3] + x[2], three = c.gamma_lam * two + x[1];
     scratch[k].segment = interleave_halves(c.gamma_lam * three + x[0]);
@@ -186,7 +193,7 @@ inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks,
   return state;
 }
 
-// Some lanes are not valid.
+// Some lanes are not valid, none is an end.
 template <bool kNextValues, ScanMode kMode, typename T>
 FUSED_CRITIC_INLINE GaeOutputs<T> gappy_group(const GaeLanes<T>& in, uint32_t valid, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
   const LaneMoves& moves = kLaneMoves.of[valid];
@@ -204,7 +211,7 @@ struct AffineLanes {
   Vec<T> a, b;
 };
 
-// Lane i becomes lane_i after lane_{i + 1} ... after lane_{i + kBy}.
+// A round of a scan by shifting and composing: after rounds of 1, 2 and 4, lane i is lane_i after lane_{i + 1} ... after lane_7.
 template <int kBy, typename T>
 FUSED_CRITIC_INLINE AffineLanes<T> scan_round(const AffineLanes<T>& m, const AffineLanes<T>& identity) {
   const Vec<T> a = shift_down<kBy>(m.a, identity.a), b = shift_down<kBy>(m.b, identity.b);
@@ -235,6 +242,7 @@ FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uin
   return dense_group<kNextValues, kMode>(in, c, state);
 }
 
+// By value: stores to the outputs could change what a reference refers to, for all the compiler knows.
 template <bool kNextValues, ScanMode kMode, typename T>
 inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeCarry<T> state) {
   BlockScratch<T> scratch[kTile / kBlock];

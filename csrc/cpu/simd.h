@@ -158,7 +158,7 @@ FUSED_CRITIC_INLINE Vec<T> min(const Vec<T>& a, const Vec<T>& b) {
   return c;
 }
 
-// Lane i is lane from(i) of v, or lane from(i) - kLanes of w. from: known at compile time, and such that the lanes of a part come from two parts.
+// Lane i is lane from(i) of v, or lane from(i) - kLanes of w. from: known at compile time, the lanes of a part coming from at most two parts.
 template <typename T, typename From>
 FUSED_CRITIC_INLINE Vec<T> lanes_from(const Vec<T>& v, const Vec<T>& w, From from) {
   constexpr int kPartLanes = Vec<T>::kPartLanes, kParts = Vec<T>::kParts;
@@ -173,8 +173,8 @@ FUSED_CRITIC_INLINE Vec<T> lanes_from(const Vec<T>& v, const Vec<T>& w, From fro
       index[lane] = part != first ? within + kPartLanes : within;
     }
     const auto a = first < kParts ? v.part[first] : w.part[first - kParts], b = second < kParts ? v.part[second] : w.part[second - kParts];
-#ifdef __clang__
-    for (int lane = 0; lane < kPartLanes; ++lane) out.part[i][lane] = index[lane] < kPartLanes ? a[index[lane]] : b[index[lane] - kPartLanes];  // a constant shuffle after unrolling
+#ifdef __clang__  // a constant shuffle after unrolling
+    for (int lane = 0; lane < kPartLanes; ++lane) out.part[i][lane] = index[lane] < kPartLanes ? a[index[lane]] : b[index[lane] - kPartLanes];
 #else
     out.part[i] = __builtin_shuffle(a, b, index);
 #endif
@@ -277,11 +277,11 @@ inline uint32_t bits_of(const uint8_t* bytes, int64_t n) {
   return bits;
 }
 
-// What there is to know of a set of lanes, one bit each.
+// What there is to know of a set of lanes, which is a number of kLanes bits.
 struct LaneMoves {
   int8_t lanes[kLanes];      // -1 for those in the set
   uint8_t together[kLanes];  // moves them, in order, to the lower end; the lanes above get one that is not in the set
-  uint8_t after[kLanes];     // from there: gives each of them what lies one above it
+  uint8_t after[kLanes];     // from there, gives each of them what lies one lane above it (not for the set of all lanes)
   int32_t count;
 };
 
