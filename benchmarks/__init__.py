@@ -1,7 +1,8 @@
-"""How fast the operators are, beside what trainers run today: ``python -m benchmarks --help``.
+"""How fast and how exact the operators are, beside what trainers run today: ``python -m benchmarks --help``.
 
-- cases.py: what is measured. A case is a function with the decorator ``@case``; it returns a ``Case`` with its contenders, of which the
-  first is ours, and the goals ("at least 5 times as fast as ...").
-- peers.py: the contenders' formulas. verl's own functions are taken from its wheel where that is at hand.
-- harness.py: agreement first, then interleaved rounds of torch.utils.benchmark; medians.
+- cases.py: what is measured; data.py: the inputs, and what float64 makes of them.
+- contenders/: who is compared, one file per package. Functions of packages come from their pinned wheels' own source.
+- harness.py: agreement with float64 first, then interleaved rounds, with a warm and with a cold cache; device.py: clocks and flushes.
+- accuracy.py: errors against float64, ours beside verl's; goals.py: what the project wants of itself.
+- report.py, plots.py: tables, JSON, CSV, PNG.
 """

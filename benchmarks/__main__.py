@@ -1,106 +1,112 @@
-"""Runs the cases and prints a table for each."""
+"""Measures fused_critic beside what trainers run today, and writes tables, JSON, CSV and plots.
+
+Every contender's results are held against float64 formulas before anything is timed; a disagreement ends the run with exit status 1.
+Goals that are missed are reported and do not change the exit status.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import fnmatch
 import os
 import platform
+import sys
+import time
+from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from . import cases, peers  # noqa: F401  (importing cases registers them)
-from .harness import CASES, Result, Row, Settings, measure
+from . import accuracy, cases, goals, harness, plots, report
+from .contenders import OURS, registry
+from .device import Device, cpu_name
 
-FULL = dict(min_run_time=0.3, rounds=5, large_shape=(64, 4096))
-QUICK = dict(min_run_time=0.05, rounds=2, large_shape=(16, 512))
+FULL = dict(rounds=25, block_seconds=3e-3, seconds_per_contender=0.5, compilers=True)
+QUICK = dict(rounds=5, block_seconds=1e-3, seconds_per_contender=0.1, compilers=True)
+SMOKE = dict(rounds=2, block_seconds=0.0, seconds_per_contender=0.0, compilers=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("case", nargs="*", help=f"any of {', '.join(CASES)}; all, if none is named")
-    parser.add_argument("--quick", action="store_true", help="small tensors and short runs: that everything works, not how fast it is")
-    parser.add_argument("--fetch-verl", action="store_true", help="download verl's wheel if it is not there, to run its own functions")
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
-    arguments = parser.parse_args()
-    unknown = set(arguments.case) - set(CASES)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases or patterns of names, as 'gae-*'; default: all (--list)")
+    parser.add_argument("--list", action="store_true", help="name the cases and the contenders, and measure nothing")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="the same sizes in fewer rounds, for a first impression")
+    effort.add_argument("--smoke", action="store_true", help="tiny tensors, no compilers: that everything works, not how fast it is")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", default=f"{min(2, os.cpu_count() or 1)},1", help="numbers of threads; default %(default)s")
+    parser.add_argument("--fetch", action="store_true", help="download the contenders' pinned wheels that are not there yet")
+    default = Path(__file__).parent / "out"
+    parser.add_argument("--output", metavar="DIR", type=Path, default=default, help="where the results go; default: %(default)s")
+    options = parser.parse_args(arguments)
+    options.threads = sorted({int(number) for number in options.threads.split(",")}, reverse=True)
+    return options
+
+
+def chosen(names, patterns: list[str]) -> list[str]:
+    unknown = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if unknown:
-        parser.error(f"unknown case {', '.join(sorted(unknown))}")
+        sys.exit(f"no case is named {', '.join(unknown)}; --list names all")
+    return [name for name in names if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
-    settings = Settings(peers.verl(download=arguments.fetch_verl), **(QUICK if arguments.quick else FULL))
-    environment = {
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    registry.download_allowed = options.fetch
+    device, console = Device(options.device), report.console()
+    all_cases = cases.all_cases(cases.SMOKE if options.smoke else cases.FULL, device)
+    if options.list:
+        console.print("cases:", *all_cases, sep="\n  ", highlight=False)
+        console.print("contenders:", *(f"{who.operator}: {who.name}" for who in registry.CONTENDERS), sep="\n  ", highlight=False)
+        return
+    names, started = chosen(all_cases, options.cases), time.perf_counter()
+    effort = SMOKE if options.smoke else QUICK if options.quick else FULL
+    settings = harness.Settings(threads=options.threads if options.device == "cpu" else [1], **effort)
+    environment = describe(options, device, settings)
+    console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), highlight=False)
+
+    results: list[harness.Result] = []
+    try:
+        errors = accuracy.measure(accuracy.SMOKE if options.smoke else accuracy.Sizes(), device)
+        console.print(report.accuracy_table(errors))
+        for name in names:
+            with console.status(name):
+                results.append(harness.measure(all_cases[name](), settings, device))
+            console.print(report.result_table(results[-1], call_seconds(results, name)))
+    except harness.Disagreement as disagreement:
+        sys.exit(str(disagreement))
+    verdicts = goals.judge(results)
+    if not options.smoke:
+        console.print(report.goals_table(verdicts))
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    environment["seconds"] = round(time.perf_counter() - started)
+    report.write_json(options.output / "results.json", environment, results, errors, verdicts)
+    report.write_csv(options.output / "results.csv", results)
+    plots.write(options.output, results, device.name())
+    console.print(f"{environment['seconds']} s; results, tables and plots are in {options.output}", highlight=False)
+
+
+def call_seconds(results: list[harness.Result], name: str) -> float | None:
+    """What the call of this case's operator costs, where that was measured in the same run."""
+    call = next((result for result in results if result.name == f"call-{name.split('-')[0]}"), None)
+    row = call and not name.startswith("call") and call.find(cases.OPERATOR, 1, "warm")
+    return row.median if row else None
+
+
+def describe(options: argparse.Namespace, device: Device, settings: harness.Settings) -> dict:
+    return {
+        "device": device.name(),
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "verl": settings.verl.origin,
+        OURS: sys.modules["fused_critic"].__version__,
+        "threads": ", ".join(map(str, settings.threads)),
+        "clock": device.clock(),
+        "cold cache": f"{device.flush_bytes() / 2**20:.0f} MiB are written before each run",
+        "rounds": f"up to {settings.rounds}, interleaved",
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs",
-        "quick": arguments.quick,
+        "effort": "smoke" if options.smoke else "quick" if options.quick else "full",
     }
-    # Not cut to 80 columns where the output is a file.
-    console = Console() if Console().is_terminal else Console(width=140)
-    console.print(", ".join(f"{key} {value}" for key, value in environment.items()), highlight=False)
-    results = []
-    for name in arguments.case or CASES:
-        with console.status(name):
-            results.append(measure(name, settings))
-        console.print(_table(results[-1], goals=not arguments.quick))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"environment": environment, "results": [dataclasses.asdict(result) for result in results]}, file, indent=2)
-
-
-def _table(result: Result, goals: bool) -> Table:
-    title = f"{result.title} · {result.threads} thread{'s' * (result.threads > 1)}"
-    if result.bytes_moved:
-        title += f" · {result.bytes_moved / 1e6:.2f} MB to move"
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender")
-    for column in ("median", "best", "spread", "median / ours", "best / ours", "goal", "GB/s"):
-        table.add_column(column, justify="right")
-    for row in result.rows:
-        if row.failure:
-            table.add_row(row.name, "failed")
-            table.caption = f"{row.name}: {row.failure}"
-            continue
-        table.add_row(
-            row.name,
-            _duration(row.seconds),
-            _duration(row.best),
-            f"{row.spread:.0%}",
-            f"{row.ratio:.2f}",
-            f"{row.best_ratio:.2f}",
-            _goal(row) if goals else "",
-            f"{row.gigabytes_per_second:.2f}" if row.gigabytes_per_second else "",
-        )
-    return table
-
-
-def _goal(row: Row) -> str:
-    """On a machine that others use as well, medians alone may mislead either way: a verdict needs the best times to agree with them."""
-    if row.goal is None:
-        return ""
-    verdicts = {row.ratio >= row.goal, row.best_ratio >= row.goal}
-    colour, verdict = ("yellow", "unsettled") if len(verdicts) > 1 else ("green", "met") if True in verdicts else ("red", "missed")
-    return f"[{colour}]>= {row.goal:g} {verdict}[/{colour}]"
-
-
-def _duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            break
-    return f"{seconds / scale:.2f} {unit}"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,135 +1,182 @@
-"""Cases, contenders, and their measurement."""
+"""Cases and their measurement: agreement first, then interleaved rounds."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
 import torch
-from torch.utils.benchmark import Timer
+from torch import Tensor
 
-from .peers import Verl
+from .contenders import COPY, LeftOut
+from .device import Device, Run
 
 
 @dataclass
-class Contender:
+class Participant:
+    """A contender on a case's inputs."""
+
     name: str
-    run: Callable[[], Any]
-    outputs: Optional[Callable[[Any], Any]] = None  # from run()'s result to what has to agree; None: a yardstick, nothing to compare
-    goal: Optional[float] = None  # ours is to be at least this many times as fast
-    may_fail: bool = False  # where the machine lacks something (a compiler, say): reported, not an error
+    prepare: Callable[[], Run]  # raises LeftOut where it cannot take part
+    outputs: Optional[Callable[[Any], list[Tensor]]] = None  # of a run: what has to agree; None: a yardstick, nothing to compare
+    expected: Optional[Callable[[], list[Tensor]]] = None  # what with
+    bytes_moved: Optional[int] = None
+    every_thread_count: bool = False  # else with the most threads only
+    rtol: float = 1e-4
+    atol: float = 1e-4  # of GAE; a gradient, of the order of 1 / tokens, is compared relative to its largest element
+    relative_to_largest: bool = False
+    starts_slowly: bool = False
 
 
 @dataclass
 class Case:
+    name: str
     title: str
-    threads: int
-    contenders: list[Contender]  # the first is ours
-    bytes_moved: Optional[int] = None  # what the operator has to read and write; the yardstick is then a copy of as many bytes
-    rtol: float = 1e-4
-    atol: float = 1e-5
+    tokens: int
+    participants: list[Participant]
+    series: Optional[str] = None  # of a plot over sizes
+    is_call: bool = False  # so few tokens that only the call costs: the host's time, one thread, warm
 
 
 @dataclass
 class Settings:
-    verl: Verl
-    min_run_time: float  # seconds per contender and round
+    threads: list[int]
     rounds: int
-    large_shape: tuple[int, int]
+    block_seconds: float  # of a warm block
+    seconds_per_contender: float  # a contender so slow that it used them up is left with LEAST_ROUNDS
+    compilers: bool  # whether contenders that have to be compiled take part
+
+
+LEAST_ROUNDS = 3
 
 
 @dataclass
 class Row:
-    name: str
-    seconds: Optional[float] = None  # median
-    best: Optional[float] = None  # least: what the machine does when nobody else uses it
-    spread: Optional[float] = None  # interquartile range / median
-    ratio: Optional[float] = None  # its median / ours
-    best_ratio: Optional[float] = None  # its best / ours
-    goal: Optional[float] = None
-    gigabytes_per_second: Optional[float] = None
-    failure: Optional[str] = None
+    contender: str
+    threads: int
+    cache: str  # "warm" or "cold"
+    median: float  # seconds
+    best: float  # least: what the machine does when nobody else uses it
+    spread: float  # interquartile range / median
+    runs: int
+    bytes_moved: Optional[int]
 
 
 @dataclass
 class Result:
     name: str
     title: str
-    threads: int
-    bytes_moved: Optional[int]
+    tokens: int
+    series: Optional[str]
+    is_call: bool
     rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    tolerance: str = ""
+
+    def find(self, contender: str, threads: int, cache: str) -> Optional[Row]:
+        matching = (row for row in self.rows if (row.contender, row.threads, row.cache) == (contender, threads, cache))
+        return next(matching, None)
 
 
-CASES: dict[str, Callable[[Settings], Case]] = {}
+class Disagreement(AssertionError):
+    """A contender's results are not those of the float64 formulas."""
 
 
-def case(function: Callable[[Settings], Case]) -> Callable[[Settings], Case]:
-    CASES[function.__name__] = function
-    return function
-
-
-def copy_of(bytes_moved: int) -> Contender:
+def copy_participant(bytes_moved: int, device: Device) -> Participant:
     """A copy that reads half of the bytes and writes the other half."""
-    source = torch.ones(bytes_moved // (2 * torch.float32.itemsize))
-    target = torch.empty_like(source)
-    return Contender("torch copy of the same bytes", lambda: target.copy_(source))
+
+    def prepare():
+        source = torch.ones(bytes_moved // (2 * torch.float32.itemsize), device=device.torch)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Participant(COPY, prepare, bytes_moved=bytes_moved, every_thread_count=True)
 
 
-def measure(name: str, settings: Settings) -> Result:
-    """Raises AssertionError, before anything is timed, if a contender's outputs are not those of the first."""
-    this = CASES[name](settings)
-    contenders = this.contenders + ([copy_of(this.bytes_moved)] if this.bytes_moved else [])
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(this.threads)  # torch.compile generates code for this many
+def measure(case: Case, settings: Settings, device: Device) -> Result:
+    """Raises Disagreement, before anything is timed."""
+    result = Result(case.name, case.title, case.tokens, case.series, case.is_call)
+    threads_before, most_threads = torch.get_num_threads(), max(settings.threads)
+    torch.set_num_threads(most_threads)  # torch.compile generates code for this many
     try:
-        failures = _verify(this, contenders)
-        running = [contender for contender in contenders if contender.name not in failures]
-        timers = [Timer("run()", globals={"run": contender.run}, num_threads=this.threads) for contender in running]
-        times: list[list[float]] = [[] for _ in running]
+        running = _start(case, settings, result)
+        timings = [("warm", 1)] if case.is_call else [(cache, n) for n in settings.threads for cache in ("warm", "cold")]
+        jobs = [
+            _Job(participant, run, cache, threads)
+            for cache, threads in timings
+            for participant, run in running
+            if case.is_call or threads == most_threads or participant.every_thread_count
+        ]
         for _ in range(settings.rounds):
-            for timer, seen in zip(timers, times):
-                seen.extend(timer.blocked_autorange(min_run_time=settings.min_run_time).times)
+            for job in jobs:
+                job.advance(case, settings, device)
     finally:
         torch.set_num_threads(threads_before)
-
-    ours, ours_best = statistics.median(times[0]), min(times[0])
-    result = Result(name, this.title, this.threads, this.bytes_moved)
-    measured = {contender.name: seen for contender, seen in zip(running, times)}
-    for contender in contenders:
-        row = Row(contender.name, goal=contender.goal, failure=failures.get(contender.name))
-        if not row.failure:
-            seen = measured[contender.name]
-            row.seconds, row.best, row.spread = statistics.median(seen), min(seen), _spread(seen)
-            row.ratio, row.best_ratio = row.seconds / ours, row.best / ours_best
-            row.gigabytes_per_second = this.bytes_moved and this.bytes_moved / row.seconds / 1e9
-        result.rows.append(row)
+    result.rows = [job.row() for job in jobs]
     return result
 
 
-def _verify(this: Case, contenders: list[Contender]) -> dict[str, str]:
-    """Runs every contender once. Returns why some could not run."""
-    expected, failures = None, {}
-    for contender in contenders:
+def _start(case: Case, settings: Settings, result: Result) -> list[tuple[Participant, Run]]:
+    running, expectations = [], functools.cache(lambda expected: expected())
+    for participant in case.participants:
         try:
-            got = contender.run()
-        except Exception as error:
-            if not contender.may_fail:
-                raise
-            failures[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if participant.starts_slowly and not settings.compilers:
+                raise LeftOut("compilers are left out of this run")
+            run = participant.prepare()
+            got = run()
+        except LeftOut as reason:
+            result.left_out[participant.name] = str(reason)
             continue
-        if contender.outputs is None:
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # no compiler on this machine
+            result.left_out[participant.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        got = [output.detach().to(torch.float64) for output in contender.outputs(got)]
-        expected = got if expected is None else expected
-        torch.testing.assert_close(
-            got, expected, rtol=this.rtol, atol=this.atol, msg=lambda text: f"{this.title}: {contender.name} disagrees: {text}"
+        if participant.outputs is not None:
+            _compare(case, participant, participant.outputs(got), expectations(participant.expected))
+            result.tolerance = f"rtol {participant.rtol:g}, atol {participant.atol:g}" + " of the largest" * participant.relative_to_largest
+        running.append((participant, run))
+    return running
+
+
+def _compare(case: Case, participant: Participant, got: list[Tensor], expected: list[Tensor]) -> None:
+    for x, y in zip(got, expected, strict=True):
+        atol = participant.atol * (y.abs().max().item() if participant.relative_to_largest else 1.0)
+        try:
+            torch.testing.assert_close(x.detach().double(), y, rtol=participant.rtol, atol=atol)
+        except AssertionError as difference:
+            raise Disagreement(f"{case.name}: {participant.name} disagrees with the float64 formulas: {difference}") from None
+
+
+class _Job:
+    """One contender, timed one way."""
+
+    def __init__(self, participant: Participant, run: Run, cache: str, threads: int):
+        self.participant, self.run, self.cache, self.threads = participant, run, cache, threads
+        self.times: list[float] = []
+        self.spent, self.repeats = 0.0, 1
+
+    def advance(self, case: Case, settings: Settings, device: Device) -> None:
+        if len(self.times) >= LEAST_ROUNDS and self.spent > settings.seconds_per_contender:
+            return
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        if self.cache == "cold":
+            seconds = device.cold(self.run)
+            self.spent += seconds
+        else:
+            timed = device.host if case.is_call else device.warm
+            if not self.times:  # how many runs fill a block
+                self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1), 1e-7)))
+            seconds = timed(self.run, self.repeats)
+            self.spent += seconds * self.repeats
+        self.times.append(seconds)
+
+    def row(self) -> Row:
+        median, spread = statistics.median(self.times), 0.0
+        if len(self.times) > 1:
+            first, _, third = statistics.quantiles(self.times, n=4)
+            spread = (third - first) / median
+        return Row(
+            self.participant.name, self.threads, self.cache, median, min(self.times), spread, len(self.times), self.participant.bytes_moved
         )
-    return failures
-
-
-def _spread(seen: list[float]) -> float:
-    if len(seen) < 2:
-        return 0.0
-    first, median, third = statistics.quantiles(seen, n=4)
-    return (third - first) / median
