@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 MAX_JOBS ?= 2
@@ -54,8 +55,8 @@ demo: $(VENV)/.built-examples  ## set up and train both examples: PPO on a token
 	$(BIN)/python examples/ppo_lm.py
 	$(BIN)/python examples/ppo_cartpole.py
 
-bench: $(VENV)/.built-bench  ## set up and run the benchmarks
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.built-bench  ## set up and run the benchmarks, five minutes (BENCH_ARGS are passed on)
+	$(BIN)/python -m benchmarks --fetch $(BENCH_ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(CUDA_VENV) $(CUDA_VENV)-full build dist python/*.egg-info python/fused_critic/*.so python/fused_critic/_build_stamp.py

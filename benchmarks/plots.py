@@ -57,10 +57,10 @@ def _plot(path: Path, title: str, members: list[Result], threads: int, draw) -> 
     figure.suptitle(title, fontsize=11)
     legend = {}
     for axes, cache in zip(panels, CACHES):
-        draw(axes, members, threads, cache, styles)
-        ticks = [result.tokens for result in members]
         axes.set_xscale("log")
         axes.set_yscale("log")
+        draw(axes, members, threads, cache, styles)
+        ticks = [result.tokens for result in members]
         axes.set_xticks(ticks, [_tokens(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("tokens")

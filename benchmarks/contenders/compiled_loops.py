@@ -1,14 +1,15 @@
 """Sequential loops in machine code, on one thread of the CPU: the fastest that trainers have there."""
 
+import sys
 from functools import cache
 
 import numpy as np
 import torch
 
 from ..data import GAMMA, LAM
-from .registry import ENDING, SKIPPING, WHEELS, LeftOut, contender, functions_of
+from .registry import ENDING, SKIPPING, WHEELS, LeftOut, contender, functions_of, wheel_folder
 
-TIANSHOU = "2.0.1"
+TIANSHOU, FAST_GAE = "2.0.1", "0.0.4"
 CPU = ("cpu",)
 LAYOUTS = ("rows", "time-major", "packed")
 
@@ -124,11 +125,11 @@ def fast_gae(inputs):
 def _fast_gae():
     """Its wheel holds a library for macOS alone, and the Cython source, which is built here."""
     try:
-        import fast_gae  # noqa: F401
         import pyximport
-    except ImportError as error:
-        raise LeftOut(f"{error.name} is not installed") from None
-    WHEELS.mkdir(parents=True, exist_ok=True)
+    except ImportError:
+        raise LeftOut("Cython is not installed") from None
+    root = wheel_folder("fast_gae", FAST_GAE)
+    sys.path.insert(0, str(root))
     importers = pyximport.install(build_dir=str(WHEELS), language_level=3, setup_args={"include_dirs": np.get_include()})
     try:
         from fast_gae.fast_gae import compute_gae
@@ -136,4 +137,5 @@ def _fast_gae():
         raise LeftOut(f"fast-gae cannot be built here: {error}".splitlines()[0]) from None
     finally:
         pyximport.uninstall(*importers)
+        sys.path.remove(str(root))
     return compute_gae

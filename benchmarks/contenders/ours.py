@@ -1,8 +1,7 @@
 """fused_critic: the operators as torch calls them."""
 
-import torch
-
 import fused_critic  # noqa: F401  (registers the operators)
+import torch
 
 from ..data import CLIP, GAMMA, LAM
 from .registry import OURS, contender

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))  # the tests take verl's functions from the same wheel in the same way
+import wheel_source  # noqa: E402
 
 OURS = "fused_critic"
 COPY = "torch copy of the same bytes"
 
 SKIPPING = ("none", "full", "padding", "random", "turns")
 ENDING = ("none", "full", "padding")  # of contenders that know where a sequence ends, not how to skip a token
-WHEELS = Path(__file__).resolve().parents[2] / "build" / "peers"
+WHEELS = ROOT / "build" / "peers"
 
 
 class LeftOut(Exception):
@@ -62,15 +67,20 @@ def contender(name: str, operator: str, **limits):
     return register
 
 
+def wheel_folder(package: str, version: str) -> Path:
+    """The content of a pinned wheel."""
+    try:
+        return wheel_source.unpacked(wheel_source.wheel(package, version, WHEELS, download_allowed), WHEELS)
+    except wheel_source.Unavailable as reason:
+        raise LeftOut(str(reason)) from None
+
+
 def functions_of(package: str, version: str, path: str, names: list[str], **scope):
     """Functions out of a pinned wheel's source. `path` may be a pattern."""
-    import wheel_source
-
+    found = sorted(wheel_folder(package, version).glob(path))
+    if not found:
+        raise LeftOut(f"{package} {version} has no {path}")
     try:
-        root = wheel_source.unpacked(wheel_source.wheel(package, version, WHEELS, download_allowed), WHEELS)
-        found = sorted(root.glob(path))
-        if not found:
-            raise LeftOut(f"{package} {version} has no {path}")
         return wheel_source.execute(found[0], names, **scope)
     except wheel_source.Unavailable as reason:
         raise LeftOut(str(reason)) from None
