@@ -23,6 +23,7 @@ from .device import Device, cpu_name
 FULL = dict(rounds=40, block_seconds=1e-3, seconds_per_contender=0.4, compilers=True)
 QUICK = dict(rounds=5, block_seconds=5e-4, seconds_per_contender=0.1, compilers=True)
 SMOKE = dict(rounds=2, block_seconds=0.0, seconds_per_contender=0.0, compilers=False)
+SMOKE_FLUSH = 2**20  # bytes
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -52,7 +53,7 @@ def chosen(names, patterns: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     registry.download_allowed = options.fetch
-    device, console = Device(options.device), report.console()
+    device, console = Device(options.device, SMOKE_FLUSH if options.smoke else None), report.console()
     all_cases = cases.all_cases(cases.SMOKE if options.smoke else cases.FULL, device)
     if options.list:
         console.print("cases:", *all_cases, sep="\n  ", highlight=False)
@@ -102,8 +103,8 @@ def describe(options: argparse.Namespace, device: Device, settings: harness.Sett
         OURS: sys.modules["fused_critic"].__version__,
         "threads": ", ".join(map(str, settings.threads)),
         "clock": device.clock(),
-        "cold cache": f"{device.flush_bytes() / 2**20:.0f} MiB are written before each run",
-        "rounds": f"up to {settings.rounds}, interleaved",
+        "cold cache": f"{device.flush_bytes / 2**20:.0f} MiB are written before each run",
+        "rounds": f"up to {settings.rounds}, interleaved; runs that another process took a core from are left out where enough others remain",
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs",
         "effort": "smoke" if options.smoke else "quick" if options.quick else "full",
     }

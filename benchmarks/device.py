@@ -6,9 +6,10 @@ torch.utils.benchmark.Timer knows neither device events nor a flush between two 
 from __future__ import annotations
 
 import platform
+import resource
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -21,12 +22,12 @@ SETTLE_RUNS = 2  # before a timed block: threads awake, caches and allocator war
 
 
 class Device:
-    def __init__(self, name: str):
+    def __init__(self, name: str, flush_bytes: Optional[int] = None):
         self.torch = torch.device(name)
         self.is_cuda = self.torch.type == "cuda"
         if self.is_cuda:
             torch.cuda.set_device(self.torch.index or 0)
-        self._flush_buffer = torch.zeros(self.flush_bytes(), dtype=torch.uint8, device=self.torch)
+        self._flush_buffer = torch.zeros(flush_bytes or self._enough_to_flush(), dtype=torch.uint8, device=self.torch)
 
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch) if self.is_cuda else cpu_name()
@@ -34,7 +35,12 @@ class Device:
     def clock(self) -> str:
         return "CUDA events, the host's part hidden behind a pause" if self.is_cuda else "perf_counter"
 
+    @property
     def flush_bytes(self) -> int:
+        """What is written before each run with a cold cache."""
+        return self._flush_buffer.numel()
+
+    def _enough_to_flush(self) -> int:
         """Twice the last-level cache, within limits."""
         return min(max(2 * self._last_level_cache(), LEAST_FLUSH), MOST_FLUSH)
 
@@ -84,6 +90,11 @@ class Device:
             return max(int(size.removesuffix("K")) * 2**10 for size in sizes)
         except (OSError, ValueError):
             return 0
+
+
+def preemptions() -> int:
+    """How often the scheduler has taken a core from a thread of this process that still had work."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def cpu_name() -> str:

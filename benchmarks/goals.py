@@ -109,8 +109,10 @@ def _beyond(time: Time, case: str) -> float:
 
 
 def judge(results: list[Result]) -> list[Verdict]:
-    """With a warm cache. On a machine that others use as well, medians alone may mislead either way: best times have to agree with them."""
+    """With a warm cache. There is a verdict where medians and best times agree and the runs kept their cores."""
     by_name = {result.name: result for result in results}
+
+    busy: set[str] = set()
 
     def time_by(statistic: str) -> Time:
         def time(case: str, *contenders: str, threads: int = THREADS) -> float:
@@ -119,6 +121,7 @@ def judge(results: list[Result]) -> list[Verdict]:
                 raise NotMeasured(f"{case} was not run")
             rows = [by_name[case].find(name, 1 if by_name[case].is_call else threads, "warm") for name in contenders]
             found = [getattr(row, statistic) for row in rows if row]
+            busy.update(f"{row.contender} in {case}" for row in rows if row and row.busy)
             if not found:
                 raise NotMeasured(f"{case} has no {' or '.join(contenders)} on {threads} thread{'s' * (threads > 1)}")
             return min(found)
@@ -127,11 +130,17 @@ def judge(results: list[Result]) -> list[Verdict]:
 
     verdicts = []
     for goal in GOALS:
+        busy.clear()
         try:
             median, best = goal.value(time_by("median")), goal.value(time_by("best"))
         except NotMeasured as reason:
             verdicts.append(Verdict(str(goal), reason=str(reason)))
             continue
         both = {goal.met(median), goal.met(best)}
-        verdicts.append(Verdict(str(goal), median, best, "unsettled" if len(both) > 1 else "met" if True in both else "missed"))
+        if busy:
+            verdicts.append(Verdict(str(goal), median, best, "unsettled", f"the machine was busy: {', '.join(sorted(busy))}"))
+        elif len(both) > 1:
+            verdicts.append(Verdict(str(goal), median, best, "unsettled", "medians and best times disagree"))
+        else:
+            verdicts.append(Verdict(str(goal), median, best, "met" if True in both else "missed"))
     return verdicts

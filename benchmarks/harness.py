@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .contenders import COPY, LeftOut
-from .device import Device, Run
+from .device import Device, Run, preemptions
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Settings:
 
 
 LEAST_ROUNDS = 3
+LEAST_UNDISTURBED = 5  # runs without a preemption that are enough to leave those with one out
+LONG_RUN = 0.05  # seconds; so long a run loses a core now and then on any machine, and little by it
 
 
 @dataclass
@@ -60,7 +62,9 @@ class Row:
     median: float  # seconds
     best: float  # least: what the machine does when nobody else uses it
     spread: float  # interquartile range / median
-    runs: int
+    runs: int  # that the figures are of
+    disturbed: int  # left out: another process took a core from them
+    busy: bool  # nearly all runs were disturbed, so the figures are of disturbed ones and tell little
     bytes_moved: Optional[int]
 
 
@@ -154,6 +158,7 @@ class _Job:
     def __init__(self, participant: Participant, run: Run, cache: str, threads: int):
         self.participant, self.run, self.cache, self.threads = participant, run, cache, threads
         self.times: list[float] = []
+        self.undisturbed: list[float] = []
         self.spent, self.repeats = 0.0, 1
 
     def advance(self, case: Case, settings: Settings, device: Device) -> None:
@@ -161,22 +166,31 @@ class _Job:
             return
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        if self.cache == "cold":
-            seconds = device.cold(self.run)
-            self.spent += seconds
-        else:
-            timed = device.host if case.is_call else device.warm
-            if not self.times:  # how many runs fill a block
-                self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1), 1e-7)))
-            seconds = timed(self.run, self.repeats)
-            self.spent += seconds * self.repeats
+        timed = device.host if case.is_call else device.warm
+        if self.cache == "warm" and not self.times:  # how many runs fill a block
+            self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1), 1e-7)))
+        before = preemptions()
+        seconds = device.cold(self.run) if self.cache == "cold" else timed(self.run, self.repeats)
+        self.spent += seconds * self.repeats
         self.times.append(seconds)
+        if preemptions() == before:
+            self.undisturbed.append(seconds)
 
     def row(self) -> Row:
-        median, spread = statistics.median(self.times), 0.0
-        if len(self.times) > 1:
-            first, _, third = statistics.quantiles(self.times, n=4)
+        times = self.undisturbed if len(self.undisturbed) >= LEAST_UNDISTURBED else self.times
+        median, spread = statistics.median(times), 0.0
+        if len(times) > 1:
+            first, _, third = statistics.quantiles(times, n=4)
             spread = (third - first) / median
         return Row(
-            self.participant.name, self.threads, self.cache, median, min(self.times), spread, len(self.times), self.participant.bytes_moved
+            contender=self.participant.name,
+            threads=self.threads,
+            cache=self.cache,
+            median=median,
+            best=min(times),
+            spread=spread,
+            runs=len(times),
+            disturbed=len(self.times) - len(times),
+            busy=len(self.undisturbed) < min(LEAST_UNDISTURBED, len(self.times)) and min(times) < LONG_RUN,
+            bytes_moved=self.participant.bytes_moved,
         )

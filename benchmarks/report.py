@@ -17,7 +17,20 @@ from .harness import Result, Row
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
 COLOURS = {"met": "green", "missed": "red", "unsettled": "yellow", "not measured": "dim"}
-CSV_COLUMNS = ("case", "tokens", "contender", "threads", "cache", "median_s", "best_s", "iqr_over_median", "runs", "bytes", "bytes_per_s")
+CSV_COLUMNS = (
+    "case",
+    "tokens",
+    "contender",
+    "threads",
+    "cache",
+    "median_s",
+    "best_s",
+    "iqr_over_median",
+    "runs",
+    "disturbed_runs",
+    "bytes",
+    "bytes_per_s",
+)
 
 
 def console() -> Console:
@@ -43,7 +56,7 @@ def result_table(result: Result, call_seconds: float | None) -> Table:
             duration(row.median),
             duration(row.best),
             f"{row.spread:.0%}",
-            str(row.runs),
+            f"{row.runs} of {row.runs + row.disturbed}" if row.disturbed else str(row.runs),
             f"{row.median / base.median:.2f}" if base else "",
             f"{row.best / base.best:.2f}" if base else "",
             duration(less_call) if less_call and less_call > 0 else "",
@@ -100,7 +113,7 @@ def write_csv(path: Path, results: list[Result]) -> None:
 
 def _csv_fields(row: Row) -> list:
     rate = row.bytes_moved / row.median if row.bytes_moved else ""
-    return [row.contender, row.threads, row.cache, row.median, row.best, row.spread, row.runs, row.bytes_moved or "", rate]
+    return [row.contender, row.threads, row.cache, row.median, row.best, row.spread, row.runs, row.disturbed, row.bytes_moved or "", rate]
 
 
 def _coloured(verdict: str) -> str:

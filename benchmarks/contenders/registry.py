@@ -29,6 +29,7 @@ class Contender:
     operator: str  # "value_loss" or "gae"
     build: Callable[[Any], Callable[[], Any]]
     longest: Optional[int] = None  # steps over time; what takes over a second is not waited for
+    too_long: str = "take over a second"
     masks: tuple[str, ...] = SKIPPING
     layouts: tuple[str, ...] = ("rows", "time-major")
     dtypes: tuple[str, ...] = ("float32",)  # of the values
@@ -51,7 +52,7 @@ class Contender:
             if inputs.layout not in self.layouts:
                 raise LeftOut(f"does not take the layout: {inputs.layout}")
             if self.longest and inputs.steps > self.longest:
-                raise LeftOut(f"{inputs.steps:,} steps take too long")
+                raise LeftOut(f"{inputs.steps:,} steps {self.too_long}")
         return self.build(inputs)
 
 

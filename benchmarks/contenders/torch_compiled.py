@@ -47,7 +47,9 @@ def _loop(function, inputs):
     return lambda: inputs.rows(*function(r, V, mask, GAMMA, LAM))
 
 
-@contender("torch.compile", "gae", longest=LONGEST_UNROLLED, starts_slowly=True)
+@contender(
+    "torch.compile", "gae", longest=LONGEST_UNROLLED, too_long="take minutes to compile: torch.compile unrolls the loop", starts_slowly=True
+)
 def compiled_gae(inputs):
     return _loop(_compiled(plain.gae), inputs)
 
@@ -73,7 +75,7 @@ def _scanned(function, inputs, combine_mode):
     return torch.no_grad()(lambda: inputs.rows(*function(r, V, mask, combine_mode)))
 
 
-@contender("associative_scan", "gae")
+@contender("associative_scan", "gae", longest=8192)
 def scanned(inputs):
     return _scanned(_scan_gae, inputs, "generic")
 

@@ -42,6 +42,6 @@ def loop(inputs):
     return _prepare(inputs, functions().generalized_advantage_estimate)
 
 
-@contender("TorchRL vectorised", "gae", longest=40_000, masks=ENDING)
+@contender("TorchRL vectorised", "gae", longest=8192, masks=ENDING)
 def vectorised(inputs):
     return _prepare(inputs, functions().vec_generalized_advantage_estimate)
