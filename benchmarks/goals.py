@@ -10,8 +10,8 @@ from .contenders import COPY, OURS
 from .harness import Result
 
 THREADS = 2  # the goals are for this many
-FAST_LOOPS = ("tianshou (numba)", "fast-gae (Cython)", "scalar loop (numba)")
-SCALAR_LOOP = "scalar loop (numba)"
+FAST_LOOPS = ("tianshou (numba)", "fast-gae (Cython)", "scalar loop, 1 thread (numba)")
+SCALAR_LOOP = "scalar loop, 1 thread (numba)"
 
 LOSS, VARIANTS = "loss-64x4096", "loss-variants-64x4096"
 GAE, ONE_ROW, TIME_MAJOR, PACKED = "gae-64x8192", f"gae-1x{FULL.one_row}", "gae-time-major-128x4096", "gae-packed"

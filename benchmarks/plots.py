@@ -18,19 +18,20 @@ FIGURE_SIZE = (12, 5.5)  # inches
 DPI = 120
 OURS_COLOUR, COPY_COLOUR = "black", "0.55"
 MARKERS = "osD^vP*X<>hp"
+GREYS = (14, 15)  # of the colour map tab20: too much like the copy's
 CACHES = ("warm", "cold")
 
 
 def _styles() -> dict[str, dict]:
     """One colour and marker per contender, the same in every plot."""
     others = list(dict.fromkeys(who.name for who in CONTENDERS if who.name != OURS))
-    colours = plt.get_cmap("tab20").colors
+    colours = [colour for i, colour in enumerate(plt.get_cmap("tab20").colors) if i not in GREYS]
     order = [*colours[0::2], *colours[1::2]]
     styles = {
         name: {"color": order[i % len(order)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.4} for i, name in enumerate(others)
     }
     styles[OURS] = {"color": OURS_COLOUR, "marker": "o", "linewidth": 2.6, "zorder": 3}
-    styles[COPY] = {"color": COPY_COLOUR, "marker": "", "linestyle": "--", "linewidth": 1.8}
+    styles[COPY] = {"color": COPY_COLOUR, "marker": ".", "linestyle": "--", "linewidth": 1.8}
     return styles
 
 
@@ -88,7 +89,11 @@ def _draw_time(axes, members, threads, cache, styles) -> None:
         points = [(result.tokens, row.median) for result in members if (row := result.find(name, threads, cache))]
         if points:
             axes.plot(*zip(*points), label=name, **styles[name])
-    axes.set_ylabel("median time")
+            best = [result.find(name, threads, cache).best for result in members if result.find(name, threads, cache)]
+            axes.vlines(
+                *zip(*((tokens, least, median) for (tokens, median), least in zip(points, best))), color=styles[name]["color"], alpha=0.5
+            )
+    axes.set_ylabel("median time (vertical line: down to the best)")
     axes.yaxis.set_major_formatter(FuncFormatter(_seconds))
 
 

@@ -28,6 +28,7 @@ CSV_COLUMNS = (
     "iqr_over_median",
     "runs",
     "disturbed_runs",
+    "busy",
     "bytes",
     "bytes_per_s",
 )
@@ -56,14 +57,16 @@ def result_table(result: Result, call_seconds: float | None) -> Table:
             duration(row.median),
             duration(row.best),
             f"{row.spread:.0%}",
-            f"{row.runs} of {row.runs + row.disturbed}" if row.disturbed else str(row.runs),
+            _runs(row),
             f"{row.median / base.median:.2f}" if base else "",
             f"{row.best / base.best:.2f}" if base else "",
             duration(less_call) if less_call and less_call > 0 else "",
             "" if result.is_call else f"{row.median / result.tokens * 1e9:.3f}",
             f"{row.bytes_moved / row.median / 1e9:.2f}" if row.bytes_moved else "",
         )
-    notes = [f"agree within {result.tolerance}"] if result.tolerance else []
+    notes = [f"agree with float64 within {result.tolerance}"] if result.tolerance else []
+    if any(row.busy for row in result.rows):
+        notes.append("busy: other processes took a core during nearly every run, so these times tell little")
     reasons: dict[str, list[str]] = {}
     for name, reason in result.left_out.items():
         reasons.setdefault(reason, []).append(name)
@@ -85,13 +88,18 @@ def accuracy_table(errors: list[Error]) -> Table:
 
 
 def goals_table(verdicts: list[Verdict]) -> Table:
-    table = Table(title="Goals, warm cache: the median and the best times have to agree for a verdict", title_justify="left")
+    table = Table(
+        title="Goals, warm cache: medians and best times have to agree for a verdict, and most runs to have kept their cores",
+        title_justify="left",
+    )
     table.add_column("goal")
     for column in ("by medians", "by best times", "verdict"):
         table.add_column(column, justify="right")
     for verdict in verdicts:
         numbers = ["" if x is None else f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in (verdict.median, verdict.best)]
-        table.add_row(verdict.goal, *numbers, _coloured(verdict.verdict) + (f": {verdict.reason}" if verdict.reason else ""))
+        table.add_row(verdict.goal, *numbers, _coloured(verdict.verdict))
+    reasons = dict.fromkeys(f"{verdict.verdict}: {verdict.reason}" for verdict in verdicts if verdict.reason)
+    table.caption, table.caption_justify = "\n".join(reasons), "left"
     return table
 
 
@@ -113,7 +121,25 @@ def write_csv(path: Path, results: list[Result]) -> None:
 
 def _csv_fields(row: Row) -> list:
     rate = row.bytes_moved / row.median if row.bytes_moved else ""
-    return [row.contender, row.threads, row.cache, row.median, row.best, row.spread, row.runs, row.disturbed, row.bytes_moved or "", rate]
+    return [
+        row.contender,
+        row.threads,
+        row.cache,
+        row.median,
+        row.best,
+        row.spread,
+        row.runs,
+        row.disturbed,
+        row.busy,
+        row.bytes_moved or "",
+        rate,
+    ]
+
+
+def _runs(row: Row) -> str:
+    if row.busy:
+        return f"[yellow]{row.runs}, busy[/]"
+    return f"{row.runs} of {row.runs + row.disturbed}" if row.disturbed else str(row.runs)
 
 
 def _coloured(verdict: str) -> str:

@@ -58,7 +58,7 @@ def _scalar_loop_unmasked():
     return compute
 
 
-@contender("scalar loop (numba)", "gae", masks=SKIPPING, layouts=("rows", "packed"), devices=CPU, starts_slowly=True)
+@contender("scalar loop, 1 thread (numba)", "gae", masks=SKIPPING, layouts=("rows", "packed"), devices=CPU, starts_slowly=True)
 def scalar_loop(inputs):
     """The recurrence as it reads, float32: a yardstick rather than somebody's code."""
     r, V = (x.flatten().numpy() for x in (inputs.rewards, inputs.values))
