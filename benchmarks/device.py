@@ -67,6 +67,10 @@ class Device:
             run()
         return (time.perf_counter() - start) / repeats
 
+    def preemptions(self) -> int:
+        """How often the scheduler has taken a core from a thread of this process that still had work; what it cannot disturb counts 0."""
+        return 0 if self.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
     def _time(self, run: Run, repeats: int) -> float:
         if not self.is_cuda:
             start = time.perf_counter()
@@ -90,11 +94,6 @@ class Device:
             return max(int(size.removesuffix("K")) * 2**10 for size in sizes)
         except (OSError, ValueError):
             return 0
-
-
-def preemptions() -> int:
-    """How often the scheduler has taken a core from a thread of this process that still had work."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def cpu_name() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .contenders import COPY, LeftOut
-from .device import Device, Run, preemptions
+from .device import Device, Run
 
 
 @dataclass
@@ -169,11 +169,11 @@ class _Job:
         timed = device.host if case.is_call else device.warm
         if self.cache == "warm" and not self.times:  # how many runs fill a block
             self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1), 1e-7)))
-        before = preemptions()
+        before = device.preemptions()
         seconds = device.cold(self.run) if self.cache == "cold" else timed(self.run, self.repeats)
         self.spent += seconds * self.repeats
         self.times.append(seconds)
-        if preemptions() == before:
+        if device.preemptions() == before:
             self.undisturbed.append(seconds)
 
     def row(self) -> Row:

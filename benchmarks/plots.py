@@ -86,13 +86,10 @@ def _names(members: list[Result]) -> list[str]:
 
 def _draw_time(axes, members, threads, cache, styles) -> None:
     for name in _names(members):
-        points = [(result.tokens, row.median) for result in members if (row := result.find(name, threads, cache))]
-        if points:
-            axes.plot(*zip(*points), label=name, **styles[name])
-            best = [result.find(name, threads, cache).best for result in members if result.find(name, threads, cache)]
-            axes.vlines(
-                *zip(*((tokens, least, median) for (tokens, median), least in zip(points, best))), color=styles[name]["color"], alpha=0.5
-            )
+        rows = {result.tokens: row for result in members if (row := result.find(name, threads, cache))}
+        medians, least = [row.median for row in rows.values()], [row.best for row in rows.values()]
+        axes.plot(list(rows), medians, label=name, **styles[name])
+        axes.vlines(list(rows), least, medians, color=styles[name]["color"], alpha=0.5)
     axes.set_ylabel("median time (vertical line: down to the best)")
     axes.yaxis.set_major_formatter(FuncFormatter(_seconds))
 
