@@ -9,7 +9,7 @@ import platform
 import resource
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 
@@ -19,6 +19,11 @@ LEAST_FLUSH = 64 * 2**20  # bytes
 MOST_FLUSH = 512 * 2**20
 PAUSE_CYCLES = 1_000_000  # of a GPU, about 0.5 ms: the host queues meanwhile what is timed
 SETTLE_RUNS = 2  # before a timed block: threads awake, caches and allocator warm
+
+
+class Sample(NamedTuple):
+    seconds: float  # per run
+    disturbed: bool  # another process took a core from it
 
 
 class Device:
@@ -44,39 +49,38 @@ class Device:
         """Twice the last-level cache, within limits."""
         return min(max(2 * self._last_level_cache(), LEAST_FLUSH), MOST_FLUSH)
 
-    def warm(self, run: Run, repeats: int) -> float:
-        """Seconds per run of a block of runs, each of which finds in the cache what the one before left there."""
+    def warm(self, run: Run, repeats: int) -> Sample:
+        """A block of runs, each of which finds in the cache what the one before left there."""
         if repeats > 1:  # a run that fills a block on its own is too long to profit
-            for _ in range(SETTLE_RUNS):
-                run()
-        return self._time(run, repeats)
+            self._settle(run)
+        return self._on_device(run, repeats) if self.is_cuda else self._on_host(run, repeats)
 
-    def cold(self, run: Run) -> float:
-        """Seconds of one run that finds none of its data in the last-level cache. The flush is not timed."""
+    def cold(self, run: Run) -> Sample:
+        """One run that finds none of its data in the last-level cache. The flush is not timed."""
         self._flush_buffer.add_(1)
-        return self._time(run, 1)
+        return self._on_device(run, 1) if self.is_cuda else self._on_host(run, 1)
 
-    def host(self, run: Run, repeats: int) -> float:
-        """Seconds per run that the host is busy, whatever the device does: what a call costs."""
+    def host(self, run: Run, repeats: int) -> Sample:
+        """The time that the host is busy, whatever the device does: what a call costs."""
         if self.is_cuda:
             torch.cuda.synchronize()
+        self._settle(run)
+        return self._on_host(run, repeats)
+
+    @staticmethod
+    def _settle(run: Run) -> None:
         for _ in range(SETTLE_RUNS):
             run()
-        start = time.perf_counter()
+
+    @staticmethod
+    def _on_host(run: Run, repeats: int) -> Sample:
+        preemptions, start = _preemptions(), time.perf_counter()
         for _ in range(repeats):
             run()
-        return (time.perf_counter() - start) / repeats
+        return Sample((time.perf_counter() - start) / repeats, _preemptions() > preemptions)
 
-    def preemptions(self) -> int:
-        """How often the scheduler has taken a core from a thread of this process that still had work; what it cannot disturb counts 0."""
-        return 0 if self.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-    def _time(self, run: Run, repeats: int) -> float:
-        if not self.is_cuda:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            return (time.perf_counter() - start) / repeats
+    @staticmethod
+    def _on_device(run: Run, repeats: int) -> Sample:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(PAUSE_CYCLES)
         start.record()
@@ -84,7 +88,7 @@ class Device:
             run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / repeats
+        return Sample(start.elapsed_time(end) * 1e-3 / repeats, disturbed=False)
 
     def _last_level_cache(self) -> int:
         if self.is_cuda:
@@ -94,6 +98,11 @@ class Device:
             return max(int(size.removesuffix("K")) * 2**10 for size in sizes)
         except (OSError, ValueError):
             return 0
+
+
+def _preemptions() -> int:
+    """How often the scheduler has taken a core from a thread of this process that still had work."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def cpu_name() -> str:

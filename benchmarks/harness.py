@@ -168,12 +168,11 @@ class _Job:
             torch.set_num_threads(self.threads)
         timed = device.host if case.is_call else device.warm
         if self.cache == "warm" and not self.times:  # how many runs fill a block
-            self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1), 1e-7)))
-        before = device.preemptions()
-        seconds = device.cold(self.run) if self.cache == "cold" else timed(self.run, self.repeats)
+            self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1).seconds, 1e-7)))
+        seconds, disturbed = device.cold(self.run) if self.cache == "cold" else timed(self.run, self.repeats)
         self.spent += seconds * self.repeats
         self.times.append(seconds)
-        if device.preemptions() == before:
+        if not disturbed:
             self.undisturbed.append(seconds)
 
     def row(self) -> Row:

@@ -18,17 +18,18 @@ FIGURE_SIZE = (12, 5.5)  # inches
 DPI = 120
 OURS_COLOUR, COPY_COLOUR = "black", "0.55"
 MARKERS = "osD^vP*X<>hp"
-GREYS = (14, 15)  # of the colour map tab20: too much like the copy's
+COLOURS = (
+    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan",
+    "navy", "gold", "darkgreen", "magenta",
+)  # fmt: skip
 CACHES = ("warm", "cold")
 
 
 def _styles() -> dict[str, dict]:
     """One colour and marker per contender, the same in every plot."""
     others = list(dict.fromkeys(who.name for who in CONTENDERS if who.name != OURS))
-    colours = [colour for i, colour in enumerate(plt.get_cmap("tab20").colors) if i not in GREYS]
-    order = [*colours[0::2], *colours[1::2]]
     styles = {
-        name: {"color": order[i % len(order)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.4} for i, name in enumerate(others)
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.4} for i, name in enumerate(others)
     }
     styles[OURS] = {"color": OURS_COLOUR, "marker": "o", "linewidth": 2.6, "zorder": 3}
     styles[COPY] = {"color": COPY_COLOUR, "marker": ".", "linestyle": "--", "linewidth": 1.8}
