@@ -46,6 +46,7 @@ class Settings:
     rounds: int
     block_seconds: float  # of a warm block
     seconds_per_contender: float  # a contender so slow that it used them up is left with LEAST_ROUNDS
+    patience_seconds: float  # more, for ours and the copy, where runs that kept their cores are still wanting
     compilers: bool  # whether contenders that have to be compiled take part
 
 
@@ -115,6 +116,10 @@ def measure(case: Case, settings: Settings, device: Device) -> Result:
         ]
         for _ in range(settings.rounds):
             for job in jobs:
+                if len(job.times) < LEAST_ROUNDS or job.spent <= settings.seconds_per_contender:
+                    job.advance(case, settings, device)
+        while wanting := [job for job in jobs if job.is_wanting(settings)]:
+            for job in wanting:
                 job.advance(case, settings, device)
     finally:
         torch.set_num_threads(threads_before)
@@ -162,8 +167,6 @@ class _Job:
         self.spent, self.repeats = 0.0, 1
 
     def advance(self, case: Case, settings: Settings, device: Device) -> None:
-        if len(self.times) >= LEAST_ROUNDS and self.spent > settings.seconds_per_contender:
-            return
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         timed = device.host if case.is_call else device.warm
@@ -174,6 +177,11 @@ class _Job:
         self.times.append(seconds)
         if not disturbed:
             self.undisturbed.append(seconds)
+
+    def is_wanting(self, settings: Settings) -> bool:
+        """Whether more runs of ours or of the copy, which everything is compared with, may still find a machine that is not busy."""
+        too_few = len(self.undisturbed) < LEAST_UNDISTURBED and min(self.times) < LONG_RUN
+        return self.participant.every_thread_count and too_few and self.spent < settings.seconds_per_contender + settings.patience_seconds
 
     def row(self) -> Row:
         times = self.undisturbed if len(self.undisturbed) >= LEAST_UNDISTURBED else self.times

@@ -46,6 +46,8 @@ def write(folder: Path, results: list[Result], device: str) -> list[Path]:
         members = sorted(members, key=lambda result: result.tokens)
         threads = max(row.threads for result in members for row in result.rows)
         where = f"{title}, float32\n{device}, {threads} thread{'s' * (threads > 1)}"
+        if any(row.busy for result in members for row in result.rows):
+            where += "; the machine was busy, which lengthens medians"
         stem = re.sub(r"\W+", "-", title.lower())
         for kind, draw in (("time", _draw_time), ("bandwidth", _draw_share)):
             written.append(folder / f"{stem}-{kind}.png")
