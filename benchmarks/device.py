@@ -18,6 +18,7 @@ Run = Callable[[], Any]
 LEAST_FLUSH = 64 * 2**20  # bytes
 MOST_FLUSH = 512 * 2**20
 PAUSE_CYCLES = 1_000_000  # of a GPU, about 0.5 ms: the host queues meanwhile what is timed
+TOLERATED_PREEMPTIONS = 10  # per second: what a long run loses on any machine, and little by it; in a short one a single one counts
 SETTLE_RUNS = 2  # before a timed block: threads awake, caches and allocator warm
 
 
@@ -77,7 +78,8 @@ class Device:
         preemptions, start = _preemptions(), time.perf_counter()
         for _ in range(repeats):
             run()
-        return Sample((time.perf_counter() - start) / repeats, _preemptions() > preemptions)
+        seconds = time.perf_counter() - start
+        return Sample(seconds / repeats, _preemptions() - preemptions > seconds * TOLERATED_PREEMPTIONS)
 
     @staticmethod
     def _on_device(run: Run, repeats: int) -> Sample:

@@ -46,13 +46,12 @@ class Settings:
     rounds: int
     block_seconds: float  # of a warm block
     seconds_per_contender: float  # a contender so slow that it used them up is left with LEAST_ROUNDS
-    patience_seconds: float  # more, for ours and the copy, where runs that kept their cores are still wanting
+    patience_seconds: float  # more, where runs that kept their cores are still wanting
     compilers: bool  # whether contenders that have to be compiled take part
 
 
 LEAST_ROUNDS = 3
 LEAST_UNDISTURBED = 5  # runs without a preemption that are enough to leave those with one out
-LONG_RUN = 0.05  # seconds; so long a run loses a core now and then on any machine, and little by it
 
 
 @dataclass
@@ -179,9 +178,10 @@ class _Job:
             self.undisturbed.append(seconds)
 
     def is_wanting(self, settings: Settings) -> bool:
-        """Whether more runs of ours or of the copy, which everything is compared with, may still find a machine that is not busy."""
-        too_few = len(self.undisturbed) < LEAST_UNDISTURBED and min(self.times) < LONG_RUN
-        return self.participant.every_thread_count and too_few and self.spent < settings.seconds_per_contender + settings.patience_seconds
+        """Whether more runs may still find a machine that is not busy. With a cold cache only ours and the copy get them."""
+        too_few = len(self.undisturbed) < min(LEAST_UNDISTURBED, len(self.times))
+        patience = settings.patience_seconds if self.participant.every_thread_count or self.cache == "warm" else 0.0
+        return too_few and self.spent < settings.seconds_per_contender + patience
 
     def row(self) -> Row:
         times = self.undisturbed if len(self.undisturbed) >= LEAST_UNDISTURBED else self.times
@@ -198,6 +198,6 @@ class _Job:
             spread=spread,
             runs=len(times),
             disturbed=len(self.times) - len(times),
-            busy=len(self.undisturbed) < min(LEAST_UNDISTURBED, len(self.times)) and min(times) < LONG_RUN,
+            busy=len(self.undisturbed) < min(LEAST_UNDISTURBED, len(self.times)),
             bytes_moved=self.participant.bytes_moved,
         )
