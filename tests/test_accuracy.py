@@ -6,8 +6,9 @@ import torch
 from fused_critic.check import plain
 
 # Both round a few times per token, in different places: with as many roundings, two samples of these sizes differ by some percent (most where
-# gamma lam = 1: there the errors of a row are one random walk, so a row is about one sample).
-SLACK = 1.1
+# gamma lam = 1: there the errors of a row are one random walk, so a row is about one sample). The CUDA scan composes the maps of its threads,
+# whose constant parts are as large as V: where V is far from zero and every token valid that costs up to 1.46 times the plain formula's error.
+SLACK = {"cpu": 1.1, "cuda": 1.5}
 
 
 def rms_error(got, exact):
@@ -19,7 +20,13 @@ def draw(shape, offset, device):
     rewards, values, old_values, returns = (torch.randn(shape, generator=generator) for _ in range(4))
     mask = torch.rand(shape, generator=generator) < 0.7
     values += offset
-    tensors = {"rewards": 0.1 * rewards, "values": values, "old_values": values + 0.2 * old_values, "returns": values + returns, "mask": mask}
+    tensors = {
+        "rewards": 0.1 * rewards,
+        "values": values,
+        "old_values": values + 0.2 * old_values,
+        "returns": values + returns,
+        "mask": mask,
+    }
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -33,13 +40,15 @@ def test_gae(device, offset, gamma, lam, time_dim, masked):
     weights = mask.float() if masked else None
     theirs = plain.gae(rewards, values, weights, gamma, lam)
     exact = plain.gae(rewards.double(), values.double(), None if mask is None else mask.double(), gamma, lam)
-    lay_out = (lambda x: None if x is None else x.to(device)) if time_dim else (lambda x: None if x is None else x.t().contiguous().to(device))
+    lay_out = (
+        (lambda x: None if x is None else x.to(device)) if time_dim else (lambda x: None if x is None else x.t().contiguous().to(device))
+    )
     ours = fused_critic.gae(lay_out(rewards), lay_out(values), lay_out(mask), gamma=gamma, lam=lam, time_dim=time_dim)
     valid = mask if masked else torch.ones_like(values, dtype=torch.bool)
     for name, got, plain_result, expected in zip(ours._fields, ours, theirs, exact):
         got = (got if time_dim else got.t()).cpu()
         error, allowed = rms_error(got[valid], expected[valid]), rms_error(plain_result[valid], expected[valid])
-        assert error <= SLACK * allowed, f"{name}: {error:.3g}, the plain formula {allowed:.3g}"
+        assert error <= SLACK[device] * allowed, f"{name}: {error:.3g}, the plain formula {allowed:.3g}"
 
 
 @pytest.mark.parametrize("offset", [0, 10])
@@ -64,7 +73,7 @@ def test_value_loss(device, shape, offset):
     same = (gradient == 0) == (exact_gradient == 0)
     same &= (plain_gradient == 0) == (exact_gradient == 0)
     assert same.float().mean() > 0.999
-    assert rms_error(gradient[same], exact_gradient[same]) <= SLACK * rms_error(plain_gradient[same], exact_gradient[same])
+    assert rms_error(gradient[same], exact_gradient[same]) <= SLACK[device] * rms_error(plain_gradient[same], exact_gradient[same])
 
 
 def test_sum_of_ten_million_tokens(device, request):

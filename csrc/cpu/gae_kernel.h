@@ -41,6 +41,18 @@ FUSED_CRITIC_INLINE FlagWords flag_words(const GaeTile<T>& t, int64_t at, int64_
   return {valid, ends, valid == all && ends == 0};
 }
 
+// -1 for none.
+template <typename T>
+inline int64_t last_valid(const GaeTile<T>& t) {
+  if (t.valid == nullptr) return t.n - 1;
+  for (int64_t end = t.n; end > 0; end -= kBlock) {
+    const int64_t at = std::max<int64_t>(0, end - kBlock);
+    const uint32_t bits = end >= kBlock ? bits_of(t.valid + at) : bits_of(t.valid, end);
+    if (bits != 0) return at + 31 - __builtin_clz(bits);
+  }
+  return -1;
+}
+
 // How many of the tokens before `end` are whole blocks without a flag.
 template <typename T>
 FUSED_CRITIC_INLINE int64_t plain_run(const GaeTile<T>& t, int64_t end) {
@@ -97,15 +109,40 @@ FUSED_CRITIC_INLINE void pass(GaeCarry<T>& state, T a, const Vec<T>& b) {
   }
 }
 
+// The carry gamma (V + lam A) is as large as the values are, the advantages only as large as the errors. Rounding it at every step would
+// cost them digits where values are far from zero. So within a tile values count from the mean of its last few valid ones: with
+// u = V - centre and the carry gamma (u + lam A), a step is A = (r - (1 - gamma) centre - u) + carry, and nothing in it is large.
 template <typename T>
-struct GaeLanes {
-  Vec<T> base, value;
+struct GaeCentre {
+  T centre, drift, carry;  // drift: (1 - gamma) centre; carry: gamma centre
+
+  // next_values leave no V in the carry, and nothing to centre.
+  template <bool kNextValues>
+  static GaeCentre of(const GaeTile<T>& t, T gamma) {
+    if constexpr (kNextValues) return {};
+    const int64_t last = last_valid(t);
+    T sum = T(0), count = T(0);
+    for (int64_t i = std::max<int64_t>(0, last - kLanes + 1); i <= last; ++i) {
+      if (t.valid != nullptr && t.valid[i] == 0) continue;
+      sum += t.value[i];
+      count += T(1);
+    }
+    const T centre = sum - sum == T(0) && last >= 0 ? sum / count : T(0);  // 0 where a value is inf or NaN
+    return {centre, T((1 - double(gamma)) * double(centre)), gamma * centre};
+  }
 };
 
 template <typename T>
-FUSED_CRITIC_INLINE GaeLanes<T> load_lanes(const T* reward, const T* value) {
-  const Vec<T> v = Vec<T>::load(value);
-  return {Vec<T>::load(reward) - v, v};
+struct GaeLanes {
+  Vec<T> base, centred, value;  // base: what a step adds to its carry; centred: u
+};
+
+template <bool kNextValues, typename T>
+FUSED_CRITIC_INLINE GaeLanes<T> load_lanes(const T* reward, const T* value, const GaeCentre<T>& c) {
+  const Vec<T> r = Vec<T>::load(reward), v = Vec<T>::load(value);
+  if constexpr (kNextValues) return {r - v, v, v};
+  const Vec<T> centred = v - Vec<T>::all(c.centre);
+  return {(r - Vec<T>::all(c.drift)) - centred, centred, v};
 }
 
 template <typename T>
@@ -122,7 +159,7 @@ struct GaeOutputs {
 template <bool kNextValues, typename T>
 FUSED_CRITIC_INLINE Vec<T> constant_parts(const GaeLanes<T>& in, const GaeCoefficients<T>& c) {
   if constexpr (kNextValues) return c.gamma_lam * in.base;
-  return c.gamma_lam * in.base + c.gamma * in.value;
+  return c.gamma_lam * in.base + c.gamma * in.centred;
 }
 
 // Maps of one slope: lane i becomes the constant part of lanes i to 7 composed. What a lane holds has no influence on those to its right.
@@ -157,8 +194,8 @@ struct BlockScratch {
 // `blocks` blocks that start at token `at`, all valid and without ends: in three passes, because a pass of its own has short chains of
 // operations and overlaps with itself.
 template <bool kNextValues, ScanMode kMode, typename T>
-inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks, const GaeCoefficients<T>& c, const GaeCarry<T>& entering,
-                                BlockScratch<T>* scratch) {
+inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks, const GaeCoefficients<T>& c, const GaeCentre<T>& centre,
+                                const GaeCarry<T>& entering, BlockScratch<T>* scratch) {
   GaeCarry<T> state = entering;
   const T *reward = t.reward + at, *value = t.value + at;
   T *advantages = t.advantages + at, *returns = t.returns + at;
@@ -166,7 +203,7 @@ inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks,
     Vec<T> x[kBlockGroups];
     for (int i = 0; i < kBlockGroups; ++i) {
       const int64_t from = k * kBlock + i * kLanes;
-      x[i] = constant_parts<kNextValues>(load_lanes(reward + from, value + from), c);
+      x[i] = constant_parts<kNextValues>(load_lanes<kNextValues>(reward + from, value + from, centre), c);
     }
     transpose_in_halves(x);
     const Vec<T> two = c.gamma_lam * x[3] + x[2], three = c.gamma_lam * two + x[1];
@@ -185,7 +222,7 @@ inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks,
     transpose_in_halves(x);
     for (int i = 0; i < kBlockGroups; ++i) {
       const int64_t from = k * kBlock + i * kLanes;
-      const GaeLanes<T> in = load_lanes(reward + from, value + from);
+      const GaeLanes<T> in = load_lanes<kNextValues>(reward + from, value + from, centre);
       const Vec<T> adv = in.base + x[i];
       GaeOutputs<T>{adv, adv + in.value}.store(advantages + from, returns + from);
     }
@@ -218,11 +255,13 @@ FUSED_CRITIC_INLINE AffineLanes<T> scan_round(const AffineLanes<T>& m, const Aff
   return {m.a * a, m.a * b + m.b};
 }
 
+// At an end A is r - V.
 template <bool kNextValues, ScanMode kMode, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> ending_group(const GaeLanes<T>& in, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+FUSED_CRITIC_INLINE GaeOutputs<T> ending_group(GaeLanes<T> in, const T* reward, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
   const Vec<T> zero = Vec<T>::all(T(0)), one = Vec<T>::all(T(1)), carry = state.carry;
-  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]);
-  const Vec<T> keep = select(lanes_of<T>(kLaneMoves.of[ends]), zero, one);
+  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]), ending = lanes_of<T>(kLaneMoves.of[ends]);
+  const Vec<T> keep = select(ending, zero, one);
+  in.base = select(ending, Vec<T>::load(reward) - in.value, in.base);
   const AffineLanes<T> identity{one, zero};
   AffineLanes<T> m{select(lanes, c.gamma_lam * keep, one), select(lanes, constant_parts<kNextValues>(in, c), zero)};
   m = scan_round<1>(m, identity);
@@ -234,10 +273,11 @@ FUSED_CRITIC_INLINE GaeOutputs<T> ending_group(const GaeLanes<T>& in, uint32_t v
 }
 
 template <bool kNextValues, ScanMode kMode, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, const GaeCentre<T>& centre,
+                                            GaeCarry<T>& state) {
   if (valid == 0) return {Vec<T>::all(T(0)), Vec<T>::all(T(0))};
-  const GaeLanes<T> in = load_lanes(reward, value);
-  if (ends != 0) return ending_group<kNextValues, kMode>(in, valid, ends, c, state);
+  const GaeLanes<T> in = load_lanes<kNextValues>(reward, value, centre);
+  if (ends != 0) return ending_group<kNextValues, kMode>(in, reward, valid, ends, c, state);
   if (valid != kAllLanes) return gappy_group<kNextValues, kMode>(in, valid, c, state);
   return dense_group<kNextValues, kMode>(in, c, state);
 }
@@ -246,11 +286,15 @@ FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uin
 template <bool kNextValues, ScanMode kMode, typename T>
 inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeCarry<T> state) {
   BlockScratch<T> scratch[kTile / kBlock];
+  const GaeCentre<T> centre = GaeCentre<T>::template of<kNextValues>(t, first_lane(c.gamma));
+  const Vec<T> offset = Vec<T>::all(centre.carry);
+  state.carry = state.carry - offset;
+  state.b = state.b - offset;
   int64_t end = t.n;
   while (true) {
     if (const int64_t run = plain_run(t, end); run > 0) {
       end -= run;
-      state = dense_blocks<kNextValues, kMode>(t, end, run / kBlock, c, state, scratch);
+      state = dense_blocks<kNextValues, kMode>(t, end, run / kBlock, c, centre, state, scratch);
     }
     if (end < kLanes) break;
     const int64_t tokens = std::min<int64_t>(kBlock, end / kLanes * kLanes), at = end - tokens;
@@ -258,7 +302,7 @@ inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeC
     if (flags.valid != 0) {
       for (int64_t i = tokens - kLanes; i >= 0; i -= kLanes) {
         const int64_t from = at + i;
-        const GaeOutputs<T> out = gae_group<kNextValues, kMode>(t.reward + from, t.value + from, flags.valid_lanes(i), flags.ends_lanes(i), c, state);
+        const GaeOutputs<T> out = gae_group<kNextValues, kMode>(t.reward + from, t.value + from, flags.valid_lanes(i), flags.ends_lanes(i), c, centre, state);
         if constexpr (kMode != ScanMode::kAggregate) out.store(t.advantages + from, t.returns + from);
       }
     } else if constexpr (kMode != ScanMode::kAggregate) {
@@ -273,13 +317,15 @@ inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeC
     std::copy(t.value, t.value + end, value + pad);
     std::copy(t.reward, t.reward + end, reward + pad);
     const FlagWords flags = flag_words(t, 0, end);
-    const GaeOutputs<T> out = gae_group<kNextValues, kMode>(reward, value, flags.valid << pad, flags.ends << pad, c, state);
+    const GaeOutputs<T> out = gae_group<kNextValues, kMode>(reward, value, flags.valid << pad, flags.ends << pad, c, centre, state);
     if constexpr (kMode != ScanMode::kAggregate) {
       out.store(advantages, returns);
       std::copy(advantages + pad, advantages + kLanes, t.advantages);
       std::copy(returns + pad, returns + kLanes, t.returns);
     }
   }
+  state.carry = state.carry + offset;
+  state.b = state.b + offset;
   return state;
 }
 
@@ -362,28 +408,47 @@ T element(const Operand& x, int64_t index) {
   return value;
 }
 
-// One time step of eight sequences, lanes being sequences; `carry` in place.
+// Of eight sequences: their next valid steps.
+template <typename T>
+struct NextSteps {
+  Vec<T> advantage, value;
+};
+
+// And of all sequences that are walked together; room for whole groups.
+template <typename T>
+struct NextColumns {
+  alignas(64) T advantage[kTile] = {}, value[kTile] = {};
+
+  FUSED_CRITIC_INLINE NextSteps<T> load(int64_t at) const { return {Vec<T>::load(advantage + at), Vec<T>::load(value + at)}; }
+  FUSED_CRITIC_INLINE void store(int64_t at, const NextSteps<T>& next) {
+    next.advantage.store(advantage + at);
+    next.value.store(value + at);
+  }
+};
+
+// One time step of eight sequences, lanes being sequences; `next` in place.
 template <bool kNextValues, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> dense_columns(const T* reward, const T* value, const GaeCoefficients<T>& c, Vec<T>& carry) {
-  const GaeLanes<T> in = load_lanes(reward, value);
-  const Vec<T> advantages = in.base + carry;
-  carry = kNextValues ? c.gamma_lam * advantages : c.gamma_lam * advantages + c.gamma * in.value;
-  return {advantages, advantages + in.value};
+FUSED_CRITIC_INLINE GaeOutputs<T> dense_columns(const T* reward, const T* value, const GaeCoefficients<T>& c, NextSteps<T>& next) {
+  const Vec<T> r = Vec<T>::load(reward), v = Vec<T>::load(value);
+  const Vec<T> delta = kNextValues ? r - v : r + c.gamma * next.value - v;
+  const Vec<T> advantages = delta + c.gamma_lam * next.advantage;
+  next = {advantages, v};
+  return {advantages, advantages + v};
 }
 
 template <bool kNextValues, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> flagged_columns(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, Vec<T>& carry) {
+FUSED_CRITIC_INLINE GaeOutputs<T> flagged_columns(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, NextSteps<T>& next) {
   const Vec<T> zero = Vec<T>::all(T(0));
-  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]);
-  Vec<T> next = select(lanes_of<T>(kLaneMoves.of[ends]), zero, carry);
-  const GaeOutputs<T> out = dense_columns<kNextValues>(reward, value, c, next);
-  carry = select(lanes, next, carry);
+  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]), ending = lanes_of<T>(kLaneMoves.of[ends]);
+  NextSteps<T> steps{select(ending, zero, next.advantage), select(ending, zero, next.value)};
+  const GaeOutputs<T> out = dense_columns<kNextValues>(reward, value, c, steps);
+  next = {select(lanes, steps.advantage, next.advantage), select(lanes, steps.value, next.value)};
   return {select(lanes, out.advantages, zero), select(lanes, out.returns, zero)};
 }
 
-// One time step of n sequences; carries: room for whole groups.
+// One time step of n sequences.
 template <bool kNextValues, typename T>
-inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, T* carries) {
+inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, NextColumns<T>& following) {
   const bool flagged = t.valid != nullptr || t.ends != nullptr;
   int64_t at = 0;
   while (t.n - at >= kLanes) {
@@ -391,15 +456,15 @@ inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, 
     const FlagWords flags = flagged ? flag_words(t, at, columns) : FlagWords{0, 0, true};
     if (flags.plain) {
       for (; at < end; at += kLanes) {
-        Vec<T> carry = Vec<T>::load(carries + at);
-        dense_columns<kNextValues>(t.reward + at, t.value + at, c, carry).store(t.advantages + at, t.returns + at);
-        carry.store(carries + at);
+        NextSteps<T> next = following.load(at);
+        dense_columns<kNextValues>(t.reward + at, t.value + at, c, next).store(t.advantages + at, t.returns + at);
+        following.store(at, next);
       }
     } else {
       for (int64_t i = 0; at < end; i += kLanes, at += kLanes) {
-        Vec<T> carry = Vec<T>::load(carries + at);
-        flagged_columns<kNextValues>(t.reward + at, t.value + at, flags.valid_lanes(i), flags.ends_lanes(i), c, carry).store(t.advantages + at, t.returns + at);
-        carry.store(carries + at);
+        NextSteps<T> next = following.load(at);
+        flagged_columns<kNextValues>(t.reward + at, t.value + at, flags.valid_lanes(i), flags.ends_lanes(i), c, next).store(t.advantages + at, t.returns + at);
+        following.store(at, next);
       }
     }
   }
@@ -408,9 +473,9 @@ inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, 
     std::copy(t.value + at, t.value + t.n, value);
     std::copy(t.reward + at, t.reward + t.n, reward);
     const FlagWords flags = flag_words(t, at, rest);
-    Vec<T> carry = Vec<T>::load(carries + at);
-    flagged_columns<kNextValues>(reward, value, flags.valid, flags.ends, c, carry).store(advantages, returns);
-    carry.store(carries + at);
+    NextSteps<T> next = following.load(at);
+    flagged_columns<kNextValues>(reward, value, flags.valid, flags.ends, c, next).store(advantages, returns);
+    following.store(at, next);
     std::copy(advantages, advantages + rest, t.advantages + at);
     std::copy(returns, returns + rest, t.returns + at);
   }
@@ -421,10 +486,9 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T ga
   const bool next = p.next_values.data != nullptr;
   const GaeCoefficients<T> c(gamma, gamma_lam);
   GaeScratch<T> s;
-  alignas(64) T carries[kTile] = {};
+  NextColumns<T> following;
   if (!next && p.bootstrap_values.data != nullptr) {
-    convert_run(p.bootstrap_values, first * p.bootstrap_values.seq_stride, p.bootstrap_values.seq_stride, count, carries);
-    for (int64_t i = 0; i < count; ++i) carries[i] *= gamma;
+    convert_run(p.bootstrap_values, first * p.bootstrap_values.seq_stride, p.bootstrap_values.seq_stride, count, following.value);
   }
   const Rect rect{1, count};
   for (int64_t step = p.layout.seq_len - 1; step >= 0; --step) {
@@ -437,9 +501,9 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T ga
     t.advantages = direct_advantages != nullptr ? direct_advantages : s.advantages;
     t.returns = direct_returns != nullptr ? direct_returns : s.returns;
     if (next) {
-      gae_step_of_columns<true>(t, c, carries);
+      gae_step_of_columns<true>(t, c, following);
     } else {
-      gae_step_of_columns<false>(t, c, carries);
+      gae_step_of_columns<false>(t, c, following);
     }
     if (direct_advantages == nullptr) store_run(t.advantages, count, p.advantages, origin(p.advantages), p.advantages.seq_stride);
     if (direct_returns == nullptr) store_run(t.returns, count, p.returns, origin(p.returns), p.returns.seq_stride);
