@@ -64,7 +64,7 @@ KERNELS = (
     Kernel("GAE, split rows: maps, mask", r"reduce_chunks_kernel.*7GaeScanIfLb0E.*AccessE0ELi2E", 2 * PACK, Work(4, 2)),
     Kernel("GAE, split rows: results, mask", r"scan_chunks_kernel.*7GaeScanIfLb0E.*AccessE0ELi2E", 2 * PACK, Work(4, 2, 4)),
     Kernel("GAE, columns, no mask", r"scan_columns_kernel.*7GaeScanIfLb1E.*AccessE0ELi16E", 16, Work(0, 32, 0, 32)),
-    Kernel("GAE, columns, mask", r"scan_columns_kernel.*7GaeScanIfLb0E.*AccessE0ELi16E", 16, Work(0, 48, 0, 32)),
+    Kernel("GAE, columns, mask", r"scan_columns_kernel.*7GaeScanIfLb0E.*AccessE0ELi8E", 8, Work(0, 24, 0, 16)),
     Kernel("value loss, rows, no mask", r"value_loss_kernelIfLb1E.*WalkE0E", 4 * PACK, Work(12, 0, passes=1)),
     Kernel("value loss, short rows, no mask", r"value_loss_kernelIfLb1E.*WalkE1E", 4 * PACK, Work(12, 0, passes=1)),
     Kernel("value loss, columns, no mask", r"value_loss_kernelIfLb1E.*WalkE2E", 2 * PACK, Work(6, 0, passes=1)),

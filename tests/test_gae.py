@@ -95,6 +95,18 @@ def test_outputs_and_gradients_at_every_size(device, shape, access, content, tim
         cases.assert_close(got, expected, max(cases.tolerance(dtype), cases.ROUNDING[got.dtype]), name)
 
 
+FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("time_dim", [-1, 0])
+@pytest.mark.parametrize("reward_dtype", FLOATING)
+@pytest.mark.parametrize("value_dtype", FLOATING)
+def test_every_mixture_of_dtypes(device, reward_dtype, value_dtype, time_dim):
+    generator = torch.Generator().manual_seed(15)
+    rewards, values = (torch.randn((12, 64), generator=generator).to(device, dtype) for dtype in (reward_dtype, value_dtype))
+    compare(rewards, values, cases.mask((12, 64), torch.bool, generator).to(device), gamma=0.99, lam=0.95, time_dim=time_dim)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64])
 @pytest.mark.parametrize("shape", [(8, 64), (3, 3000), (2, 20000)])
 def test_masks_wider_than_the_values(device, shape, dtype):

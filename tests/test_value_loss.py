@@ -67,6 +67,19 @@ def test_losses_of_single_tokens(device, shape, mask_dtype):
     compare(*tensors, cases.mask(shape, mask_dtype, generator).to(device), reduction="none")
 
 
+FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+@pytest.mark.parametrize("value_dtype", FLOATING)
+@pytest.mark.parametrize("other_dtype", FLOATING)
+def test_every_mixture_of_dtypes(device, value_dtype, other_dtype, time_dim, reduction):
+    generator = torch.Generator().manual_seed(15)
+    tensors = draw_inputs((12, 64), generator, device, [value_dtype, other_dtype, other_dtype], ["contiguous"] * 3)
+    compare(*tensors, cases.mask((12, 64), torch.bool, generator).to(device), reduction=reduction, time_dim=time_dim)
+
+
 @pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_left_padding(device, time_dim, clip_range):

@@ -39,23 +39,23 @@ T initial_carry(const GaeParams& p, int64_t s, T gamma) {
 
 // The spans of a sequence are counted from its end: [end - kSpan, end), the leftmost one shorter.
 template <typename T>
-void scan_sequence(const GaeParams& p, const Sequences& seqs, int64_t s, T gamma, T gamma_lam) {
+void scan_sequence(const GaeParams& p, const Sequences& seqs, int64_t s, const GaePowers<T>& powers) {
   const int64_t length = seqs.length(s), origin = seqs.origin(s);
-  T carry = initial_carry<T>(p, s, gamma);
+  T carry = initial_carry<T>(p, s, powers.gamma);
   if (length <= kSpan) {
-    gae_kernels<T>().rows(p, s, origin, 0, length, gamma, gamma_lam, carry, ScanMode::kEmit, nullptr);
+    gae_kernels<T>().rows(p, s, origin, 0, length, powers, carry, ScanMode::kEmit, nullptr);
     return;
   }
   for (int64_t end = length; end > 0; end -= kSpan) {
     Affine<T> map;
-    gae_kernels<T>().rows(p, s, origin, std::max<int64_t>(0, end - kSpan), end, gamma, gamma_lam, carry, ScanMode::kEmitAndAggregate, &map);
+    gae_kernels<T>().rows(p, s, origin, std::max<int64_t>(0, end - kSpan), end, powers, carry, ScanMode::kEmitAndAggregate, &map);
     carry = map(carry);
   }
 }
 
 // All sequences with their spans dealt to all threads.
 template <typename T>
-void scan_spans(const GaeParams& p, const Sequences& seqs, T gamma, T gamma_lam) {
+void scan_spans(const GaeParams& p, const Sequences& seqs, const GaePowers<T>& powers) {
   struct Span {
     int64_t seq, begin, end;
     Affine<T> map;
@@ -70,14 +70,14 @@ void scan_spans(const GaeParams& p, const Sequences& seqs, T gamma, T gamma_lam)
       for (int64_t i = first; i < last; ++i) {
         Span& x = spans[i];
         if (mode == ScanMode::kAggregate && x.begin == 0) continue;  // nobody needs the map of the leftmost span
-        gae_kernels<T>().rows(p, x.seq, seqs.origin(x.seq), x.begin, x.end, gamma, gamma_lam, x.carry, mode, &x.map);
+        gae_kernels<T>().rows(p, x.seq, seqs.origin(x.seq), x.begin, x.end, powers, x.carry, mode, &x.map);
       }
     });
   };
   each(ScanMode::kAggregate);
   for (size_t i = 0; i < spans.size(); ++i) {
     Span& x = spans[i];
-    x.carry = x.end == seqs.length(x.seq) ? initial_carry<T>(p, x.seq, gamma) : spans[i - 1].map(spans[i - 1].carry);
+    x.carry = x.end == seqs.length(x.seq) ? initial_carry<T>(p, x.seq, powers.gamma) : spans[i - 1].map(spans[i - 1].carry);
   }
   each(ScanMode::kEmit);
 }
@@ -95,18 +95,18 @@ bool splits(const Sequences& seqs) {
 
 template <typename T>
 void gae(const GaeParams& p) {
-  const T gamma = T(p.gamma.value), gamma_lam = T(p.gamma.value * p.lam.value);
+  const GaePowers<T> powers(T(p.gamma.value), T(p.gamma.value * p.lam.value));
   const Sequences seqs(p.layout);
   if (time_major(p.layout, p.values)) {
     // A column's result does not depend on its neighbours, so the cut may follow the threads.
     at::parallel_for(0, p.layout.num_seqs, std::max(kColumnGrain, kChunk / std::max<int64_t>(1, p.layout.seq_len)), [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; s += kTile) gae_kernels<T>().columns(p, s, std::min(kTile, last - s), gamma, gamma_lam);
+      for (int64_t s = first; s < last; s += kTile) gae_kernels<T>().columns(p, s, std::min(kTile, last - s), powers);
     });
   } else if (splits(seqs)) {
-    scan_spans<T>(p, seqs, gamma, gamma_lam);
+    scan_spans<T>(p, seqs, powers);
   } else {
     parallel_over_sequences(seqs, [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) scan_sequence<T>(p, seqs, s, gamma, gamma_lam);
+      for (int64_t s = first; s < last; ++s) scan_sequence<T>(p, seqs, s, powers);
     });
   }
 }

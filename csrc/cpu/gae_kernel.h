@@ -11,7 +11,8 @@
 
 namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE {
 
-constexpr int kBlockGroups = 4, kBlock = kBlockGroups * kLanes;
+constexpr int kBlockGroups = kSegment, kBlock = kBlockGroups * kLanes;
+static_assert(kPowers == kLanes);
 constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 // One tile of one sequence, or of one time step, already in arrays of T. reward includes gamma * next_value where next_values are given.
@@ -65,30 +66,23 @@ FUSED_CRITIC_INLINE int64_t plain_run(const GaeTile<T>& t, int64_t end) {
 // Powers of the slope that all lanes share.
 template <typename T>
 struct LanePowers {
-  Vec<T> one, two;          // slope^1, slope^2
-  Vec<T> across;            // slope^(4 - lane) in the lower half: from the upper half's first lane to there
-  T down[2 * kLanes] = {};  // slope^8, slope^7, ..., 1, 0, ...
+  Vec<T> one, two;  // slope^1, slope^2
+  Vec<T> across;    // slope^(4 - lane) in the lower half: from the upper half's first lane to there
+  const T* down;    // see GaePowers
 
-  explicit LanePowers(T slope) : one(Vec<T>::all(slope)), two(Vec<T>::all(slope * slope)) {
-    down[kLanes] = T(1);
-    for (int i = kLanes - 1; i >= 0; --i) down[i] = down[i + 1] * slope;
-    across = Vec<T>::load(down + kLanes / 2);
-  }
+  explicit LanePowers(const T* down)
+      : one(Vec<T>::all(down[kPowers - 1])), two(Vec<T>::all(down[kPowers - 2])), across(Vec<T>::load(down + kPowers - kLanes / 2)), down(down) {}
   // Lane i: from the entrance to the first n lanes to there, slope^(n - i); 1 at lane n.
-  FUSED_CRITIC_INLINE const T* entering(int n) const { return down + kLanes - n; }
+  FUSED_CRITIC_INLINE const T* entering(int n) const { return down + kPowers - n; }
 };
 
 template <typename T>
 struct GaeCoefficients {
   Vec<T> gamma, gamma_lam, cube;  // cube: (gamma lam)^3
-  LanePowers<T> token, segment;   // of gamma lam: a lane is a token, or a segment of kBlockGroups tokens
+  LanePowers<T> token, segment;   // of gamma lam: a lane is a token, or a segment of kSegment tokens
 
-  GaeCoefficients(T gamma, T gamma_lam)
-      : gamma(Vec<T>::all(gamma)),
-        gamma_lam(Vec<T>::all(gamma_lam)),
-        cube(Vec<T>::all(gamma_lam * gamma_lam * gamma_lam)),
-        token(gamma_lam),
-        segment(*token.entering(kBlockGroups)) {}
+  explicit GaeCoefficients(const GaePowers<T>& powers)
+      : gamma(Vec<T>::all(powers.gamma)), gamma_lam(Vec<T>::all(powers.token[kPowers - 1])), cube(Vec<T>::all(powers.token[kPowers - 3])), token(powers.token), segment(powers.segment) {}
 };
 
 // The carry in every lane, and the composed map of the range so far (aggregating modes), its constant part in every lane.
@@ -284,7 +278,8 @@ FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uin
 
 // By value: stores to the outputs could change what a reference refers to, for all the compiler knows.
 template <bool kNextValues, ScanMode kMode, typename T>
-inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeCarry<T> state) {
+inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaePowers<T>& powers, GaeCarry<T> state) {
+  const GaeCoefficients<T> c(powers);
   BlockScratch<T> scratch[kTile / kBlock];
   const GaeCentre<T> centre = GaeCentre<T>::template of<kNextValues>(t, first_lane(c.gamma));
   const Vec<T> offset = Vec<T>::all(centre.carry);
@@ -330,11 +325,11 @@ inline GaeCarry<T> gae_tile(const GaeTile<T> t, const GaeCoefficients<T> c, GaeC
 }
 
 template <bool kNextValues, typename T>
-inline GaeCarry<T> gae_tile(const GaeTile<T>& t, const GaeCoefficients<T>& c, const GaeCarry<T>& state, ScanMode mode) {
+inline GaeCarry<T> gae_tile(const GaeTile<T>& t, const GaePowers<T>& powers, const GaeCarry<T>& state, ScanMode mode) {
   switch (mode) {
-    case ScanMode::kEmit: return gae_tile<kNextValues, ScanMode::kEmit>(t, c, state);
-    case ScanMode::kEmitAndAggregate: return gae_tile<kNextValues, ScanMode::kEmitAndAggregate>(t, c, state);
-    case ScanMode::kAggregate: return gae_tile<kNextValues, ScanMode::kAggregate>(t, c, state);
+    case ScanMode::kEmit: return gae_tile<kNextValues, ScanMode::kEmit>(t, powers, state);
+    case ScanMode::kEmitAndAggregate: return gae_tile<kNextValues, ScanMode::kEmitAndAggregate>(t, powers, state);
+    case ScanMode::kAggregate: return gae_tile<kNextValues, ScanMode::kAggregate>(t, powers, state);
   }
   return state;
 }
@@ -374,8 +369,7 @@ inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScrat
 }
 
 template <typename T>
-T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T gamma_lam, T carry, ScanMode mode, Affine<T>* total) {
-  const GaeCoefficients<T> c(gamma, gamma_lam);
+T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, const GaePowers<T>& powers, T carry, ScanMode mode, Affine<T>* total) {
   GaeCarry<T> state{Vec<T>::all(carry), Vec<T>::all(T(0)), T(1)};
   GaeScratch<T> s;
   for (int64_t stop = end; stop > begin; stop -= kTile) {
@@ -383,7 +377,7 @@ T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, i
     const Rect rect{1, n};
     const auto origin = [&](const auto& x) { return seq * x.seq_stride + (seq_origin + start) * x.time_stride; };
     GaeTile<T> t = load_gae_tile<T>(
-        p, n, gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.time_stride, rect, scratch); },
+        p, n, powers.gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.time_stride, rect, scratch); },
         [&](const Operand& x, uint8_t* scratch) { return load_flags(x, origin(x), x.time_stride, n, scratch); });
     if (mode != ScanMode::kAggregate) {
       t.advantages = direct_rect<T>(p.advantages, origin(p.advantages), 0, p.advantages.time_stride, rect);
@@ -392,7 +386,7 @@ T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, i
     const bool direct_advantages = t.advantages != nullptr, direct_returns = t.returns != nullptr;
     if (!direct_advantages) t.advantages = s.advantages;
     if (!direct_returns) t.returns = s.returns;
-    state = p.next_values.data != nullptr ? gae_tile<true>(t, c, state, mode) : gae_tile<false>(t, c, state, mode);
+    state = p.next_values.data != nullptr ? gae_tile<true>(t, powers, state, mode) : gae_tile<false>(t, powers, state, mode);
     if (mode == ScanMode::kAggregate) continue;
     if (!direct_advantages) store_run(t.advantages, n, p.advantages, origin(p.advantages), p.advantages.time_stride);
     if (!direct_returns) store_run(t.returns, n, p.returns, origin(p.returns), p.returns.time_stride);
@@ -482,9 +476,9 @@ inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, 
 }
 
 template <typename T>
-void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T gamma_lam) {
+void gae_columns(const GaeParams& p, int64_t first, int64_t count, const GaePowers<T>& powers) {
   const bool next = p.next_values.data != nullptr;
-  const GaeCoefficients<T> c(gamma, gamma_lam);
+  const GaeCoefficients<T> c(powers);
   GaeScratch<T> s;
   NextColumns<T> following;
   if (!next && p.bootstrap_values.data != nullptr) {
@@ -494,7 +488,7 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count, T gamma, T ga
   for (int64_t step = p.layout.seq_len - 1; step >= 0; --step) {
     const auto origin = [&](const auto& x) { return first * x.seq_stride + step * x.time_stride; };
     GaeTile<T> t = load_gae_tile<T>(
-        p, count, gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.seq_stride, rect, scratch); },
+        p, count, powers.gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.seq_stride, rect, scratch); },
         [&](const Operand& x, uint8_t* scratch) { return load_flags(x, origin(x), x.seq_stride, count, scratch); });
     T* direct_advantages = direct_rect<T>(p.advantages, origin(p.advantages), 0, p.advantages.seq_stride, rect);
     T* direct_returns = direct_rect<T>(p.returns, origin(p.returns), 0, p.returns.seq_stride, rect);

@@ -34,17 +34,38 @@ struct LossKernels {
   void (*store_tokens)(const T* tokens, const Output& y, const TileSpec& tile);
 };
 
+constexpr int kPowers = 8;   // tokens that a vector composes
+constexpr int kSegment = 4;  // tokens that one lane may stand for
+
+// What a call needs of gamma and lambda, computed once.
+template <typename T>
+struct GaePowers {
+  T gamma;
+  T token[2 * kPowers] = {}, segment[2 * kPowers] = {};  // x^8, x^7, ..., 1, 0, ... of x = gamma lam, and of x = (gamma lam)^4
+
+  GaePowers(T gamma, T gamma_lam) : gamma(gamma) {
+    fill(token, gamma_lam);
+    fill(segment, token[kPowers - kSegment]);
+  }
+
+ private:
+  static void fill(T* down, T x) {
+    down[kPowers] = T(1);
+    for (int i = kPowers - 1; i >= 0; --i) down[i] = down[i + 1] * x;
+  }
+};
+
 enum class ScanMode { kEmit, kEmitAndAggregate, kAggregate };
 
 template <typename T>
 struct GaeKernels {
   // Tokens [begin, end) of one sequence (operands start at element `seq`), from the last to the first. Takes the carry that enters and returns
   // the one that leaves. Aggregating modes also leave the composed map of the range in *total; kAggregate writes nothing else.
-  T (*rows)(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, T gamma, T gamma_lam, T carry, ScanMode mode, Affine<T>* total);
+  T (*rows)(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, const GaePowers<T>& powers, T carry, ScanMode mode, Affine<T>* total);
   // One element of an operand.
   T (*element)(const Operand& x, int64_t index);
   // All time steps of the sequences [first, first + count), count <= kTile, in lock-step.
-  void (*columns)(const GaeParams& p, int64_t first, int64_t count, T gamma, T gamma_lam);
+  void (*columns)(const GaeParams& p, int64_t first, int64_t count, const GaePowers<T>& powers);
   // Adjoint of one sequence of `length` tokens, from the first to the last.
   void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T gamma_lam);
 };
