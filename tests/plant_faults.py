@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         "reading a masked value: GAE",
         "cuda/gae.cu",
-        "value[i] = t.valid ? value[i] : T(0);",
-        "",
+        "a = t.valid ? advantage : a;",
+        "a = advantage;",
         GAE,
     ),
     Fault(
