@@ -106,20 +106,35 @@ Output Arguments::per_sequence_output(const at::Tensor& x) const {
   return out;
 }
 
-Number Arguments::number(const char* name, const at::Tensor& x) const {
-  TORCH_CHECK_VALUE(x.dim() == 0, op_, ": ", name, ": expected a number or a 0-d tensor, got shape ", x.sizes());
+DType Arguments::number_type(const char* name, const at::Tensor& x) const {
   const auto t = x.scalar_type();
   TORCH_CHECK_TYPE(t == at::kDouble || t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kLong || t == at::kInt,
-                   op_, ": ", name, ": expected a number, or a 0-d tensor of a floating dtype, int64 or int32, got ", t);
-  const DType dtype = storage_type(op_, name, x);
+                   op_, ": ", name, ": expected a number, or a tensor of a floating dtype, int64 or int32, got ", t);
+  return storage_type(op_, name, x);
+}
+
+Number Arguments::number(const char* name, const at::Tensor& x) const {
+  TORCH_CHECK_VALUE(x.dim() == 0, op_, ": ", name, ": expected a number or a 0-d tensor, got shape ", x.sizes());
   Number out;
-  out.dtype = dtype;
+  out.dtype = number_type(name, x);
   if (x.is_cpu()) {
     out.value = x.item().toDouble();
   } else {
     check_device(name, x);
     out.data = x.const_data_ptr();
   }
+  return out;
+}
+
+Number Arguments::number_per_sequence(const char* name, const at::Tensor& x) const {
+  if (x.dim() == 0) return number(name, x);
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == layout_.num_seqs, op_, ": ", name, ": expected a number, a 0-d tensor or shape [", layout_.num_seqs,
+                    "] (one number per sequence), got shape ", x.sizes());
+  check_device(name, x);
+  Number out;
+  out.dtype = number_type(name, x);
+  out.data = x.const_data_ptr();
+  out.seq_stride = x.stride(0);
   return out;
 }
 

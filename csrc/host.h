@@ -58,10 +58,13 @@ class Arguments {
   Output per_sequence_output(const at::Tensor& x) const;
   // A 0-d tensor: read here if it lies on the CPU, by the kernel otherwise.
   Number number(const char* name, const at::Tensor& x) const;
+  // That, or one number per sequence, which the kernel reads: [num_seqs] on the device of the other arguments.
+  Number number_per_sequence(const char* name, const at::Tensor& x) const;
 
  private:
   void check_device(const char* name, const at::Tensor& x) const;
   Operand operand(const char* name, const at::Tensor& x) const;
+  DType number_type(const char* name, const at::Tensor& x) const;
 
   const char* op_;
   const char* reference_name_;
@@ -77,7 +80,7 @@ inline Number number(double value) {
   return n;
 }
 
-// A number that the host knows.
+// A number that the host knows, the same for all sequences.
 inline bool known(const Number& n) { return n.data == nullptr; }
 
 #ifdef FUSED_CRITIC_WITH_CUDA

@@ -1,6 +1,7 @@
 // Every operator's schema: the API of torch.ops.fused_critic.*. Meaning of the arguments: python/fused_critic/functional.py.
 //
 // Numbers come in two overloads: floats, or 0-d tensors (".tensor": read on their device, so a change neither synchronises nor recompiles).
+// gamma, lam and returns_lam may also be tensors with one number per sequence.
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
@@ -29,18 +30,20 @@ TORCH_LIBRARY(fused_critic, m) {
   // Differentiable in rewards, values, next_values and bootstrap_values.
   m.def(
       "gae(Tensor rewards, Tensor values, Tensor? mask=None, Tensor? terminated=None, Tensor? truncated=None, Tensor? next_values=None, "
-      "Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, float gamma, float lam, str mask_mode=\"skip\", int time_dim=-1) "
+      "Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, float gamma, float lam, str mask_mode=\"skip\", int time_dim=-1, "
+      "float? returns_lam=None) "
       "-> (Tensor advantages, Tensor returns)",
       tags);
   m.def(
       "gae.tensor(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask=None, Tensor? terminated=None, Tensor? truncated=None, "
-      "Tensor? next_values=None, Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, str mask_mode=\"skip\", int time_dim=-1) "
+      "Tensor? next_values=None, Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, Tensor? returns_lam=None, *, str mask_mode=\"skip\", "
+      "int time_dim=-1) "
       "-> (Tensor advantages, Tensor returns)",
       tags);
   // Gradients that nobody asked for (wanted: rewards, values, next_values, bootstrap_values) are tensors of no element.
   m.def(
       "gae_backward(Tensor? grad_advantages, Tensor? grad_returns, Tensor? mask, Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens, "
-      "Tensor gamma, Tensor lam, *, bool has_next_values, bool[4] wanted, str mask_mode, int time_dim) "
+      "Tensor gamma, Tensor lam, Tensor? returns_lam=None, *, bool has_next_values, bool[4] wanted, str mask_mode, int time_dim) "
       "-> (Tensor grad_rewards, Tensor grad_values, Tensor grad_next_values, Tensor grad_bootstrap_values)",
       tags);
 

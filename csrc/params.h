@@ -26,11 +26,13 @@ struct Output {
   int64_t time_stride = 0;
 };
 
-// A number that the caller gave as such (data == nullptr: value), or as a 0-d tensor on the kernel's device (read there, never by the host).
+// A number that the caller gave as such (data == nullptr: value), or as a tensor on the kernel's device (read there, never by the host):
+// sequence s has the element data[s * seq_stride]; 0-d: seq_stride is 0. dtype: floating, kInt32 or kInt64.
 struct Number {
   double value = 0;
   const void* data = nullptr;
   DType dtype = DType::kFloat64;
+  int64_t seq_stride = 0;
 };
 
 // All per-token operands of one call share one layout: num_seqs sequences of seq_len tokens ([B, T], [T, B], [T]),

@@ -156,7 +156,31 @@ TABLE = [
     (gae, {"gamma": 1.5}, ValueError, r"gae: gamma: expected a number in \[0, 1\], got 1.5"),
     (gae, {"lam": -0.1}, ValueError, r"gae: lam: expected a number in \[0, 1\], got -0.1"),
     (gae, {"gamma": math.nan}, ValueError, r"gae: gamma: expected a number in \[0, 1\], got nan"),
-    (gae, {"lam": torch.ones(4)}, ValueError, r"gae: lam: expected a number or a 0-d tensor, got shape \[4\]"),
+    (gae, {"returns_lam": 1.5}, ValueError, r"gae: returns_lam: expected a number in \[0, 1\], got 1.5"),
+    (gae, {"returns_lam": torch.tensor(-1.0)}, ValueError, r"gae: returns_lam: expected a number in \[0, 1\], got -1"),
+    (
+        gae,
+        {"lam": torch.ones(6)},
+        ValueError,
+        r"gae: lam: expected a number, a 0-d tensor or shape \[4\] \(one number per sequence\), got shape \[6\]",
+    ),
+    (gae, {"gamma": torch.ones(4, 1)}, ValueError, r"gae: gamma: expected a number, a 0-d tensor or shape \[4\].*got shape \[4, 1\]"),
+    (gae, {"returns_lam": torch.ones(3)}, ValueError, r"gae: returns_lam: expected a number, a 0-d tensor or shape \[4\].*got shape \[3\]"),
+    (
+        gae,
+        PACKED_GAE | {"cu_seqlens": cu_seqlens(0, 9, 24), "lam": torch.ones(3)},
+        ValueError,
+        r"gae: lam: expected a number, a 0-d tensor or shape \[2\].*got shape \[3\]",
+    ),
+    (
+        gae,
+        {"gamma": torch.tensor([0.5, 1, 1.25, 1])},
+        ValueError,
+        r"gae: gamma: expected numbers in \[0, 1\], got 1.25 at index 2",
+    ),
+    (gae, {"lam": torch.full((4,), math.nan)}, ValueError, r"gae: lam: expected numbers in \[0, 1\], got nan at index 0"),
+    (gae, {"returns_lam": -torch.ones(4)}, ValueError, r"gae: returns_lam: expected numbers in \[0, 1\], got -1 at index 0"),
+    (gae, {"lam": torch.ones(4, dtype=torch.uint8)}, TypeError, r"gae: lam: expected a number, or a tensor of a floating dtype.*got Byte"),
     # names
     (loss, {"reduction": "mean"}, ValueError, r"value_loss: reduction: expected one of token-mean, .*, got 'mean'"),
     (loss, {"criterion": "mae"}, ValueError, r"value_loss: criterion: expected one of mse, huber, smooth_l1, l1, got 'mae'"),
@@ -173,10 +197,15 @@ TABLE = [
     (gae, {"truncated": V > 0}, ValueError, r"gae: next_values: expected a tensor beside truncated.*got None"),
     (gae, {"next_values": V, "bootstrap_values": V[:, 0]}, ValueError, r"gae: bootstrap_values: expected None beside next_values"),
     (gae, {"gamma": torch.tensor(0.9, requires_grad=True)}, ValueError, r"gae: gamma: expected a number or a tensor without gradient"),
+    (
+        gae,
+        {"returns_lam": torch.ones(4, requires_grad=True)},
+        ValueError,
+        r"gae: returns_lam: expected a number or a tensor without gradient",
+    ),
+    (gae, {"mask_mode": "ignore", "mask": torch.ones(6)}, ValueError, r"gae: mask: expected shape \[4, 6\].*got \[6\]"),
     # what a later version brings
     (loss, {"criterion": "huber"}, NotImplementedError, r"value_loss: criterion: expected 'mse', got 'huber'"),
-    (gae, {"mask_mode": "zero"}, NotImplementedError, r"gae: mask_mode: expected 'skip', got 'zero'"),
-    (gae, {"returns_lam": 1.0}, NotImplementedError, r"gae: returns_lam: expected the default"),
     (gae, {"carry_masked_rewards": True}, NotImplementedError, r"gae: carry_masked_rewards: expected the default"),
 ]
 
@@ -225,9 +254,7 @@ def test_dtypes_of_a_count(device, dtype):
     x = torch.zeros(8, device=device)
     count = torch.tensor(200, dtype=dtype, device=device)
     if dtype == torch.uint8:
-        with pytest.raises(
-            TypeError, match="batch_num_tokens: expected a number, or a 0-d tensor of a floating dtype, int64 or int32, got"
-        ):
+        with pytest.raises(TypeError, match="batch_num_tokens: expected a number, or a tensor of a floating dtype, int64 or int32, got"):
             fused_critic.value_loss(x, x, x + 1, batch_num_tokens=count)
     else:
         loss = fused_critic.value_loss(x, x, x + 1, batch_num_tokens=count).loss

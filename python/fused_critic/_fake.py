@@ -54,7 +54,7 @@ def _value_loss_backward(grad_loss, values, old_values, returns, mask, cu_seqlen
 
 def _gae(
     rewards, values, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None, cu_seqlens=None, *,
-    gamma, lam, mask_mode="skip", time_dim=-1,
+    gamma, lam, mask_mode="skip", time_dim=-1, returns_lam=None,
 ):  # fmt: skip
     _check_shapes("gae", "rewards", rewards, values=values, mask=mask, terminated=terminated, truncated=truncated, next_values=next_values)
     dtype = _accumulation_type(rewards, values, next_values, bootstrap_values)
@@ -62,8 +62,9 @@ def _gae(
 
 
 def _gae_backward(
-    grad_advantages, grad_returns, mask, terminated, truncated, cu_seqlens, gamma, lam, *, has_next_values, wanted, mask_mode, time_dim
-):
+    grad_advantages, grad_returns, mask, terminated, truncated, cu_seqlens, gamma, lam, returns_lam=None, *,
+    has_next_values, wanted, mask_mode, time_dim,
+):  # fmt: skip
     reference = grad_advantages if grad_advantages is not None else grad_returns
     dtype = _accumulation_type(grad_advantages, grad_returns)
     none = reference.new_empty(0, dtype=dtype)

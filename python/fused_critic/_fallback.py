@@ -179,7 +179,7 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
 
 def _gae(
     rewards, values, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None, cu_seqlens=None, *,
-    gamma, lam, mask_mode="skip", time_dim=-1,
+    gamma, lam, mask_mode="skip", time_dim=-1, returns_lam=None,
 ):  # fmt: skip
     _warn_once("gae", rewards)
     _check("gae", "rewards", rewards, values=values, mask=mask, terminated=terminated, truncated=truncated, next_values=next_values)
@@ -190,9 +190,9 @@ def _gae(
         if any(x is not None and x.dtype == torch.float64 for x in (rewards, values, next_values, bootstrap_values))
         else torch.float32
     )
-    gamma, lam = (torch.as_tensor(x, dtype=dtype, device=rewards.device) for x in (gamma, lam))
     seqs = _Sequences(rewards, cu_seqlens, time_dim)
-    valid, ends, stops = _flags(seqs, rewards, mask, terminated, truncated)
+    gamma, lam, returns_lam = (_factor(seqs, x, dtype) for x in (gamma, lam, returns_lam))
+    valid, ends, stops = _flags(seqs, rewards, mask if mask_mode != "ignore" else None, terminated, truncated)
     reward, value = (torch.where(valid, seqs.rows(x).to(dtype), 0) for x in (rewards, values))
     base = reward - value
     if next_values is not None:
@@ -204,13 +204,33 @@ def _gae(
         start = gamma * bootstrap_values.reshape(-1).to(dtype)[seqs.rows(seqs.index)]
     last = seqs.last_of_each()
     carried = gamma * value if next_values is None else torch.zeros_like(value)
-    a = torch.where(valid, gamma * lam * keep, 1)
-    b = torch.where(valid, gamma * lam * base + carried, 0)
-    leaving = _scan(torch.where(last, 0, a), torch.where(last, a * start + b, b))
-    entering = torch.where(last, start, torch.nn.functional.pad(leaving[:, 1:], (0, 1)))
-    advantages = torch.where(valid, base + keep * entering, 0)
-    returns = torch.where(valid, advantages + value, 0)
+
+    def recursion(lam):
+        a = torch.where(_is_step(valid, mask_mode), gamma * lam * keep, _MASKED_FACTOR[mask_mode])
+        b = torch.where(valid, gamma * lam * base + carried, 0)
+        leaving = _scan(torch.where(last, 0, a), torch.where(last, a * start + b, b))
+        entering = torch.where(last, start, torch.nn.functional.pad(leaving[:, 1:], (0, 1)))
+        return torch.where(valid, base + keep * entering, 0)
+
+    advantages = recursion(lam)
+    returns = torch.where(valid, (advantages if returns_lam is None else recursion(returns_lam)) + value, 0)
     return tuple(torch.empty_like(rewards, dtype=dtype).copy_(seqs.unrows(x)) for x in (advantages, returns))
+
+
+# What a masked position that is no step of the recursion makes of the carry.
+_MASKED_FACTOR = {"skip": 1.0, "zero": 1.0, "reset": 0.0, "ignore": 1.0}
+
+
+def _is_step(valid, mask_mode):
+    return torch.ones_like(valid) if mask_mode == "zero" else valid
+
+
+def _factor(seqs, x, dtype):
+    """gamma or a lambda, as something that broadcasts against the rows view."""
+    if x is None:
+        return None
+    x = torch.as_tensor(x, dtype=dtype, device=seqs.index.device)
+    return x if x.dim() == 0 else x[seqs.rows(seqs.index)]
 
 
 def _flags(seqs, reference, mask, terminated, truncated):
@@ -224,27 +244,35 @@ def _flags(seqs, reference, mask, terminated, truncated):
 
 
 def _gae_backward(
-    grad_advantages, grad_returns, mask, terminated, truncated, cu_seqlens, gamma, lam, *, has_next_values, wanted, mask_mode, time_dim
-):
+    grad_advantages, grad_returns, mask, terminated, truncated, cu_seqlens, gamma, lam, returns_lam=None, *,
+    has_next_values, wanted, mask_mode, time_dim,
+):  # fmt: skip
     reference = grad_advantages if grad_advantages is not None else grad_returns
     _warn_once("gae", reference)
     dtype = torch.float64 if torch.float64 in {x.dtype for x in (grad_advantages, grad_returns) if x is not None} else torch.float32
-    gamma, lam = (torch.as_tensor(x, dtype=dtype, device=reference.device) for x in (gamma, lam))
     seqs = _Sequences(reference, cu_seqlens, time_dim)
-    valid, ends, stops = _flags(seqs, reference, mask, terminated, truncated)
+    gamma, lam, returns_lam = (_factor(seqs, x, dtype) for x in (gamma, lam, returns_lam))
+    valid, ends, stops = _flags(seqs, reference, mask if mask_mode != "ignore" else None, terminated, truncated)
 
     def rows(x):
         return torch.zeros_like(valid, dtype=dtype) if x is None else torch.where(valid, seqs.rows(x).to(dtype), 0)
 
-    to_returns = rows(grad_returns)
-    grad = rows(grad_advantages) + to_returns
-    # q leaves a position to the right: (1 - done) p, with p = grad + gamma lam q of the position before. Scanned on the mirrored rows.
-    a = torch.where(valid, torch.where(ends, 0, gamma * lam), 1)
-    b = torch.where(valid & ~ends, grad, 0)
     first = seqs.first_of_each()
-    leaving = _scan(torch.where(first, 0, a).flip(1), b.flip(1)).flip(1)
-    entering = torch.where(first, 0, torch.nn.functional.pad(leaving[:, :-1], (1, 0)))
-    p = grad + gamma * lam * entering
+
+    def recursion(grad, lam):
+        """p, and the q that enters and leaves each position."""
+        # q leaves a position to the right: (1 - done) p, with p = grad + gamma lam q of the position before. Scanned on the mirrored rows.
+        a = torch.where(_is_step(valid, mask_mode), torch.where(ends, 0, gamma * lam), _MASKED_FACTOR[mask_mode])
+        b = torch.where(valid & ~ends, grad, 0)
+        leaving = _scan(torch.where(first, 0, a).flip(1), b.flip(1)).flip(1)
+        entering = torch.where(first, 0, torch.nn.functional.pad(leaving[:, :-1], (1, 0)))
+        return torch.stack([grad + gamma * lam * entering, entering, leaving])
+
+    to_returns = rows(grad_returns)
+    if returns_lam is None:
+        p, entering, leaving = recursion(rows(grad_advantages) + to_returns, lam)
+    else:
+        p, entering, leaving = recursion(rows(grad_advantages), lam) + recursion(to_returns, returns_lam)
     d_value = to_returns - p + (0 if has_next_values else gamma * entering)
     d_next = torch.where(stops, 0, gamma * p)
 

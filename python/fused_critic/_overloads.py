@@ -18,8 +18,12 @@ def by_name(value_loss, value_loss_backward, gae, gae_backward):
         }
         return value_loss(values, old_values, returns, mask, cu_seqlens, **numbers, **options)
 
-    def gae_tensor(rewards, values, gamma, lam, *tensors, **options):
-        return gae(rewards, values, *tensors, gamma=gamma, lam=lam, **options)
+    def gae_tensor(
+        rewards, values, gamma, lam, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
+        cu_seqlens=None, returns_lam=None, **options,
+    ):  # fmt: skip
+        tensors = (mask, terminated, truncated, next_values, bootstrap_values, cu_seqlens)
+        return gae(rewards, values, *tensors, gamma=gamma, lam=lam, returns_lam=returns_lam, **options)
 
     return {
         "value_loss": value_loss,

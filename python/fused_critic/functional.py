@@ -150,7 +150,7 @@ def gae(
 ) -> GAEOutput:
     r"""Generalised advantage estimation (Schulman et al., arXiv:1506.02438), differentiable in the four value-like inputs.
 
-    From the last to the first valid position of each sequence ("next" is the next valid position):
+    From the last to the first position of each sequence ("next" is the next valid position; other ``mask_mode`` below):
 
     .. math::
         \delta_t &= r_t + \gamma\,(1 - terminated_t)\,V_{next} - V_t \\
@@ -158,16 +158,26 @@ def gae(
         R_t &= A_t + V_t
 
     :math:`V_{next}` is ``next_values`` at t if given, else V at the next position, else (at the end) ``bootstrap_values`` of the sequence,
-    else 0. Accumulated in float32 (float64 if any input is).
+    else 0. With ``returns_lam`` the returns are those of the same recursion run with that lambda, in the same pass. Accumulated in float32
+    (float64 if any input is).
 
     Args:
         rewards: [B, T], [T, B] (``time_dim=0``), [T], or packed [N] with ``cu_seqlens``; float64, float32, bfloat16 or float16, any strides.
         values: the shape of ``rewards``, any floating dtype.
-        mask: the shape of ``rewards``; bool, integer or floating, non-zero: valid. Masked positions are transparent (advantage and next value
-            carry over them unchanged), their reward is dropped, nothing of theirs is used, and their outputs are 0.
-        gamma, lam: discount and trace decay in [0, 1]; numbers or 0-d tensors (not checked on CUDA), without gradient.
-        returns_lam: not there yet (NotImplementedError).
-        mask_mode: ``"skip"``, as described at ``mask``. (``"zero"``, ``"reset"`` and ``"ignore"`` are not there yet.)
+        mask: the shape of ``rewards``; bool, integer or floating, non-zero: valid.
+        gamma, lam: discount and trace decay in [0, 1], without gradient: numbers, 0-d tensors, or tensors with one number per sequence
+            ([B], or [S] when packed; VAPO's length-adaptive lambda). Tensors are not checked on CUDA.
+        returns_lam: a lambda for the returns alone, given as ``lam`` is (VAPO's decoupled GAE). None: ``lam``.
+        mask_mode: what masked positions do to the recursion. Their outputs are 0 in every mode but ``"ignore"``, and so are the gradients of
+            what they hold.
+
+            - ``"skip"``: they are transparent: advantage and next value carry over them unchanged, their reward is dropped, and nothing of
+              theirs is used (verl, NeMo-RL, AReaL).
+            - ``"zero"``: value, reward and next value count as 0 there, and the recursion runs over every position; of what they hold only the
+              flags are used (OpenRLHF, NeMo-Aligner).
+            - ``"reset"``: they end the sequence: the next value and the next advantage before a gap are 0, a bootstrap behind it is not used,
+              and nothing of theirs is used (AgileRL).
+            - ``"ignore"``: the mask takes no part in the recursion; it only selects for ``whiten`` (TRL, SkyRL, DeepSpeed-Chat).
         terminated: the shape of ``rewards``, non-zero where the episode ended: no next value, and the trace stops.
         truncated: the shape of ``rewards``, non-zero where the episode was cut off: the trace stops, the next value stays. Needs ``next_values``.
         next_values: the shape of ``rewards``: the value of each step's own next state.
@@ -177,20 +187,21 @@ def gae(
         whiten: whiten the advantages over the valid positions as :func:`masked_whiten` does. The returns are not affected.
 
     Raises:
-        ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma`` or ``lam`` out of range, ``truncated`` without
-            ``next_values``, ``bootstrap_values`` beside them, an unknown name.
+        ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma``, ``lam`` or ``returns_lam`` out of range or with
+            a gradient, ``truncated`` without ``next_values``, ``bootstrap_values`` beside them, an unknown name.
         TypeError: a dtype that is not supported.
         NotImplementedError: an option that is not there yet.
     """
-    if returns_lam is not None or carry_masked_rewards:
-        option = "returns_lam" if returns_lam is not None else "carry_masked_rewards"
-        raise NotImplementedError(f"fused_critic.gae: {option}: expected the default, got a value that this version does not support yet")
+    if carry_masked_rewards:
+        raise NotImplementedError(
+            "fused_critic.gae: carry_masked_rewards: expected the default, got a value that this version does not support yet"
+        )
     tensors = (mask, terminated, truncated, next_values, bootstrap_values, cu_seqlens)
-    if torch.compiler.is_compiling() or _has_tensor(gamma, lam):
-        numbers = (_as_tensor(gamma, rewards), _as_tensor(lam, rewards))
-        advantages, returns = _gae_tensor(rewards, values, *numbers, *tensors, mask_mode=mask_mode, time_dim=time_dim)
+    if torch.compiler.is_compiling() or _has_tensor(gamma, lam, returns_lam):
+        gamma, lam, returns_lam = (_as_tensor(x, rewards) for x in (gamma, lam, returns_lam))
+        advantages, returns = _gae_tensor(rewards, values, gamma, lam, *tensors, returns_lam, mask_mode=mask_mode, time_dim=time_dim)
     else:
-        options = {"gamma": gamma, "lam": lam, "mask_mode": mask_mode, "time_dim": time_dim}
+        options = {"gamma": gamma, "lam": lam, "mask_mode": mask_mode, "time_dim": time_dim, "returns_lam": returns_lam}
         options = {name: value for name, value in options.items() if value != _GAE_DEFAULTS[name]}
         advantages, returns = _gae(rewards, values, *tensors, **options)
     if whiten:

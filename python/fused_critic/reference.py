@@ -138,29 +138,46 @@ def value_loss(
 
 
 def gae(
-    rewards, values, mask=None, *, gamma, lam, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
-    cu_seqlens=None, time_dim=-1, whiten=False,
+    rewards, values, mask=None, *, gamma, lam, returns_lam=None, mask_mode="skip", terminated=None, truncated=None, next_values=None,
+    bootstrap_values=None, cu_seqlens=None, time_dim=-1, whiten=False,
 ):  # fmt: skip
     """advantages and returns, float64, as a differentiable function of whatever requires grad."""
     shape = rewards.shape
-    gamma, lam = float(gamma), float(lam)
     r, v, m, ends, cuts, following = (_nested(x) for x in (rewards, values, mask, terminated, truncated, next_values))
     bootstrap = None if bootstrap_values is None else _nested(bootstrap_values.reshape(-1))
-    advantages, returns = {}, {}
-    for s, row in enumerate(sequences(shape, cu_seqlens, time_dim)):
-        next_value = 0.0 if bootstrap is None else bootstrap[s]
-        next_advantage = 0.0
-        for index in reversed(row):
-            if m is not None and _at(m, index) == 0:
-                continue
-            ended = ends is not None and _at(ends, index) != 0
-            cut = cuts is not None and _at(cuts, index) != 0
-            reward, value = _at(r, index), _at(v, index)
-            next_value = next_value if following is None else _at(following, index)
-            delta = reward + (0.0 if ended else gamma * next_value) - value
-            advantage = delta + (0.0 if ended or cut else gamma * lam * next_advantage)
-            advantages[index], returns[index] = advantage, advantage + value
-            next_value, next_advantage = value, advantage
+
+    def of_sequence(number, s):
+        return float(number[s] if isinstance(number, torch.Tensor) and number.dim() == 1 else number)
+
+    def recursion(lams):
+        """A and A + V of the positions that are not masked."""
+        advantages, returns = {}, {}
+        for s, row in enumerate(sequences(shape, cu_seqlens, time_dim)):
+            gamma_s, lam_s = of_sequence(gamma, s), of_sequence(lams, s)
+            next_value = 0.0 if bootstrap is None else bootstrap[s]
+            next_advantage = 0.0
+            for index in reversed(row):
+                masked = m is not None and mask_mode != "ignore" and _at(m, index) == 0
+                if masked and mask_mode == "skip":
+                    continue
+                if masked and mask_mode == "reset":
+                    next_value = next_advantage = 0.0
+                    continue
+                ended = ends is not None and _at(ends, index) != 0
+                cut = cuts is not None and _at(cuts, index) != 0
+                reward, value = (0.0, 0.0) if masked else (_at(r, index), _at(v, index))  # masked: mask_mode is "zero" from here on
+                if following is not None:
+                    next_value = 0.0 if masked else _at(following, index)
+                delta = reward + (0.0 if ended else gamma_s * next_value) - value
+                advantage = delta + (0.0 if ended or cut else gamma_s * lam_s * next_advantage)
+                if not masked:
+                    advantages[index], returns[index] = advantage, advantage + value
+                next_value, next_advantage = value, advantage
+        return advantages, returns
+
+    advantages, returns = recursion(lam)
+    if returns_lam is not None:
+        _, returns = recursion(returns_lam)
 
     def assemble(found):
         flat = [found.get(index, 0.0) for index in _all_indices(shape)]
