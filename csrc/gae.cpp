@@ -63,14 +63,6 @@ Number factor(const Arguments& args, const char* name, const at::Tensor& x) {
   return out;
 }
 
-// What the CPU kernels have no code for.
-template <typename Params>
-void check_cpu_options(const Params& p, const at::Device& device) {
-  const bool skip = p.mask_mode == MaskMode::kSkip || p.mask.data == nullptr;
-  TORCH_CHECK_NOT_IMPLEMENTED(!device.is_cpu() || (skip && !p.has_returns_lam && known(p.gamma) && known(p.lam)), kOp,
-                              ": mask_mode, returns_lam, gamma, lam: expected 'skip', None and one number for all sequences on the CPU");
-}
-
 template <typename T>
 void run(const GaeParams& p, const at::Device& device) {
 #ifdef FUSED_CRITIC_WITH_CUDA
@@ -127,7 +119,6 @@ Outputs forward(const Arguments& args, const at::Tensor& rewards, const at::Tens
   at::Tensor advantages = at::empty_like(rewards, options), returns = at::empty_like(rewards, options);
   p.advantages = args.output(advantages);
   p.returns = args.output(returns);
-  check_cpu_options(p, rewards.device());
   if (!args.empty()) {
     if (wide) {
       run<double>(p, rewards.device());
@@ -185,7 +176,6 @@ Gradients gae_backward(const OptionalTensor& grad_advantages, const OptionalTens
   const bool bootstrap = wanted[kBootstrapValues] && !has_next_values;
   grads[kBootstrapValues] = bootstrap ? at::full({p.layout.num_seqs}, 0, options) : at::empty({0}, options);
   if (bootstrap) p.grad_bootstrap = args.per_sequence_output(grads[kBootstrapValues]);
-  check_cpu_options(p, reference.device());
   if (!args.empty()) {
     if (wide) {
       run<double>(p, reference.device());

@@ -1,11 +1,16 @@
-// GAE on the CPU: how sequences are shared among threads.
+// GAE on the CPU: how sequences are shared among threads. What is done to a sequence depends on the shapes alone (and on cu_seqlens), so that
+// its result does not depend on the number of threads.
 //
-// Time-contiguous sequences are scanned one by one. A sequence longer than kSpan is a chain of spans; the carry that enters a span is
-// always its right neighbour's composed map applied to the carry entering there. So a lone long sequence can have its spans scanned by
-// different threads (maps first, then outputs) with the same bits as one thread gives it in one pass.
+// Three walks: time-major sequences are columns, walked in lock-step. Short sequences along time are walked side by side, eight at a time
+// (lockstep.h), and so are all sequences in a call with options that the scan has not (has_options). The others are scanned one by one, in
+// parallel within the sequence: one longer than kSpan is a chain of spans; the carry that enters a span is always its right neighbour's
+// composed map applied to the carry entering there. So a lone long sequence can have its spans scanned by different threads (maps first,
+// then outputs) with the same bits as one thread gives it in one pass.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
+#include <optional>
 #include <vector>
 
 #include "../gae.h"
@@ -17,107 +22,194 @@ namespace {
 
 constexpr int64_t kSpan = 8192;        // tokens; long enough that its composed map costs nothing beside it
 constexpr int64_t kColumnGrain = 16;   // sequences; at least two vectors side by side in a thread of the column walk
+constexpr int64_t kSideBySide = 8;     // sequences of one walk
+constexpr int64_t kShort = 128;        // tokens; a longer sequence is scanned faster than its lane of a walk is
+constexpr int64_t kPackedWalk = 32;    // packed sequences in a chunk: lanes that are through early find others
 
-// Runs f(first, last) over sequences in parallel, in stretches of at least kChunk tokens. Packed sequences are dealt by their tokens.
+// Chunks differ in cost: a thread takes the next one whenever it is done with one.
 template <typename F>
-void parallel_over_sequences(const Sequences& seqs, const F& f) {
-  if (!seqs.packed()) {
-    at::parallel_for(0, seqs.count(), std::max<int64_t>(1, kChunk / std::max<int64_t>(1, seqs.count() > 0 ? seqs.length(0) : 0)), f);
-    return;
-  }
-  const int64_t tokens = seqs.num_tokens();
-  at::parallel_for(0, std::max<int64_t>(1, tokens), kChunk, [&](int64_t begin, int64_t end) {
-    f(seqs.first_from(begin), end >= tokens ? seqs.count() : seqs.first_from(end));  // empty ones at the very end: in the last stretch
+void parallel_over_chunks(int64_t chunks, int64_t tokens, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>({chunks, tokens / kChunk + 1, at::get_num_threads()}), 1, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) {
+      for (int64_t i = next++; i < chunks; i = next++) f(i);
+    }
   });
 }
 
-template <typename T>
-T initial_carry(const GaeParams& p, int64_t s, T gamma) {
-  if (p.next_values.data != nullptr || p.bootstrap_values.data == nullptr) return T(0);
-  return gamma * gae_kernels<T>().element(p.bootstrap_values, s * p.bootstrap_values.seq_stride);
+double number_of(const Number& x, int64_t s) {
+  return x.data != nullptr ? gae_kernels<double>().element({x.data, x.dtype}, s * x.seq_stride) : x.value;
 }
 
-// The spans of a sequence are counted from its end: [end - kSpan, end), the leftmost one shorter.
 template <typename T>
-void scan_sequence(const GaeParams& p, const Sequences& seqs, int64_t s, const GaePowers<T>& powers) {
-  const int64_t length = seqs.length(s), origin = seqs.origin(s);
-  T carry = initial_carry<T>(p, s, powers.gamma);
-  if (length <= kSpan) {
-    gae_kernels<T>().rows(p, s, origin, 0, length, powers, carry, ScanMode::kEmit, nullptr);
-    return;
+class SequenceScan {
+ public:
+  explicit SequenceScan(const GaeParams& p) : p_(p), seqs_(p.layout) {
+    if (p.gamma.data == nullptr && p.lam.data == nullptr) shared_powers_ = powers(0);
   }
-  for (int64_t end = length; end > 0; end -= kSpan) {
-    Affine<T> map;
-    gae_kernels<T>().rows(p, s, origin, std::max<int64_t>(0, end - kSpan), end, powers, carry, ScanMode::kEmitAndAggregate, &map);
-    carry = map(carry);
-  }
-}
 
-// All sequences with their spans dealt to all threads.
-template <typename T>
-void scan_spans(const GaeParams& p, const Sequences& seqs, const GaePowers<T>& powers) {
-  struct Span {
-    int64_t seq, begin, end;
-    Affine<T> map;
-    T carry;
-  };
-  std::vector<Span> spans;
-  for (int64_t s = 0; s < seqs.count(); ++s) {
-    for (int64_t end = seqs.length(s); end > 0; end -= kSpan) spans.push_back({s, std::max<int64_t>(0, end - kSpan), end, {}, T(0)});
+  const Sequences& sequences() const { return seqs_; }
+
+  // The spans of a sequence are counted from its end: [end - kSpan, end), the leftmost one shorter.
+  void scan(int64_t s) const {
+    const GaePowers<T> powers = shared_powers_.has_value() ? *shared_powers_ : this->powers(s);
+    const int64_t length = seqs_.length(s), origin = seqs_.origin(s);
+    T carry = initial_carry(s, powers.gamma);
+    if (length <= kSpan) {
+      gae_kernels<T>().rows(p_, s, origin, 0, length, powers, carry, ScanMode::kEmit, nullptr);
+      return;
+    }
+    for (int64_t end = length; end > 0; end -= kSpan) {
+      Affine<T> map;
+      gae_kernels<T>().rows(p_, s, origin, std::max<int64_t>(0, end - kSpan), end, powers, carry, ScanMode::kEmitAndAggregate, &map);
+      carry = map(carry);
+    }
   }
-  const auto each = [&](ScanMode mode) {
-    at::parallel_for(0, int64_t(spans.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
+
+  // Sequences with their spans dealt to all threads.
+  void scan_spans(const std::vector<int64_t>& sequences) const {
+    struct Span {
+      int64_t seq, begin, end;
+      Affine<T> map;
+      T carry;
+    };
+    std::vector<Span> spans;
+    for (const int64_t s : sequences) {
+      for (int64_t end = seqs_.length(s); end > 0; end -= kSpan) spans.push_back({s, std::max<int64_t>(0, end - kSpan), end, {}, T(0)});
+    }
+    const auto each = [&](ScanMode mode) {
+      parallel_over_chunks(spans.size(), seqs_.num_tokens(), [&](int64_t i) {
         Span& x = spans[i];
-        if (mode == ScanMode::kAggregate && x.begin == 0) continue;  // nobody needs the map of the leftmost span
-        gae_kernels<T>().rows(p, x.seq, seqs.origin(x.seq), x.begin, x.end, powers, x.carry, mode, &x.map);
-      }
-    });
-  };
-  each(ScanMode::kAggregate);
-  for (size_t i = 0; i < spans.size(); ++i) {
-    Span& x = spans[i];
-    x.carry = x.end == seqs.length(x.seq) ? initial_carry<T>(p, x.seq, powers.gamma) : spans[i - 1].map(spans[i - 1].carry);
+        if (mode == ScanMode::kAggregate && x.begin == 0) return;  // nobody needs the map of the leftmost span
+        gae_kernels<T>().rows(p_, x.seq, seqs_.origin(x.seq), x.begin, x.end, shared_powers_.has_value() ? *shared_powers_ : powers(x.seq), x.carry, mode, &x.map);
+      });
+    };
+    each(ScanMode::kAggregate);
+    for (size_t i = 0; i < spans.size(); ++i) {
+      Span& x = spans[i];
+      x.carry = x.end == seqs_.length(x.seq) ? initial_carry(x.seq, T(number_of(p_.gamma, x.seq))) : spans[i - 1].map(spans[i - 1].carry);
+    }
+    each(ScanMode::kEmit);
   }
-  each(ScanMode::kEmit);
+
+ private:
+  GaePowers<T> powers(int64_t s) const {
+    const double gamma = number_of(p_.gamma, s);
+    return {T(gamma), T(gamma * number_of(p_.lam, s))};
+  }
+
+  T initial_carry(int64_t s, T gamma) const {
+    if (p_.next_values.data != nullptr || p_.bootstrap_values.data == nullptr) return T(0);
+    return gamma * gae_kernels<T>().element(p_.bootstrap_values, s * p_.bootstrap_values.seq_stride);
+  }
+
+  const GaeParams& p_;
+  const Sequences seqs_;
+  std::optional<GaePowers<T>> shared_powers_;
+};
+
+// Which sequences are walked side by side, in chunks, and which are scanned alone.
+struct Division {
+  std::vector<int64_t> alone;
+  std::vector<std::vector<LaneSequence>> chunks;
+};
+
+// From long to short, roughly: by the power of two and the two bits below it.
+void order_by_length(std::vector<LaneSequence>& sequences) {
+  const auto rank = [](int64_t length) {
+    if (length < 4) return int(length);
+    const int power = 63 - __builtin_clzll(length);
+    return power * 4 + int(length >> (power - 2) & 3);
+  };
+  constexpr int kRanks = 256;
+  std::vector<int64_t> first(kRanks + 1);
+  for (const auto& s : sequences) ++first[kRanks - rank(s.length)];
+  for (int i = 1; i <= kRanks; ++i) first[i] += first[i - 1];
+  std::vector<LaneSequence> ordered(sequences.size());
+  for (const auto& s : sequences) ordered[first[kRanks - rank(s.length) - 1]++] = s;
+  sequences = std::move(ordered);
+}
+
+Division divide(const Sequences& seqs, bool options) {
+  Division d;
+  const int64_t count = seqs.count();
+  const auto is_together = [&](int64_t length) { return options || (count >= kSideBySide && length <= kShort); };
+  const auto sequence = [&](int64_t s) { return LaneSequence{s, seqs.origin(s), seqs.length(s)}; };
+  if (seqs.packed()) {
+    std::vector<LaneSequence> together;
+    for (int64_t s = 0; s < count; ++s) {
+      if (is_together(seqs.length(s))) {
+        together.push_back(sequence(s));
+      } else {
+        d.alone.push_back(s);
+      }
+    }
+    order_by_length(together);
+    d.chunks.resize(std::max<int64_t>(1, std::min<int64_t>(together.size() / kPackedWalk, seqs.num_tokens() / kChunk)));
+    for (size_t i = 0; i < together.size(); ++i) d.chunks[i % d.chunks.size()].push_back(together[i]);
+  } else if (count > 0 && is_together(seqs.length(0))) {
+    const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, seqs.length(0)) / kSideBySide) * kSideBySide;
+    for (int64_t s = 0; s < count; ++s) {
+      if (s % rows == 0) d.chunks.emplace_back().reserve(rows);
+      d.chunks.back().push_back(sequence(s));
+    }
+  } else {
+    for (int64_t s = 0; s < count; ++s) d.alone.push_back(s);
+  }
+  return d;
 }
 
 // Splitting reads the inputs twice, which pays as soon as one sequence is more than a thread's share.
-bool splits(const Sequences& seqs) {
+bool splits(const Sequences& seqs, const std::vector<int64_t>& sequences) {
   const int64_t threads = at::get_num_threads();
   if (threads == 1 || at::in_parallel_region()) return false;
   int64_t longest = 0;
-  for (int64_t s = 0; s < (seqs.packed() ? seqs.count() : std::min<int64_t>(1, seqs.count())); ++s) longest = std::max(longest, seqs.length(s));
+  for (const int64_t s : sequences) longest = std::max(longest, seqs.length(s));
   return longest > kSpan && longest * threads > seqs.num_tokens();
 }
+
+bool has_options(const GaeParams& p) { return p.has_returns_lam || (p.mask.data != nullptr && p.mask_mode != MaskMode::kSkip); }
 
 }  // namespace
 
 template <typename T>
 void gae(const GaeParams& p) {
-  const GaePowers<T> powers(T(p.gamma.value), T(p.gamma.value * p.lam.value));
-  const Sequences seqs(p.layout);
   if (time_major(p.layout, p.values)) {
     // A column's result does not depend on its neighbours, so the cut may follow the threads.
     at::parallel_for(0, p.layout.num_seqs, std::max(kColumnGrain, kChunk / std::max<int64_t>(1, p.layout.seq_len)), [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; s += kTile) gae_kernels<T>().columns(p, s, std::min(kTile, last - s), powers);
+      for (int64_t s = first; s < last; s += kTile) gae_kernels<T>().columns(p, s, std::min(kTile, last - s));
     });
-  } else if (splits(seqs)) {
-    scan_spans<T>(p, seqs, powers);
-  } else {
-    parallel_over_sequences(seqs, [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) scan_sequence<T>(p, seqs, s, powers);
-    });
+    return;
   }
+  const SequenceScan<T> scan(p);
+  Division d = divide(scan.sequences(), has_options(p));
+  if (splits(scan.sequences(), d.alone)) {
+    scan.scan_spans(d.alone);
+    d.alone.clear();
+  }
+  const int64_t alone = d.alone.size();
+  parallel_over_chunks(alone + d.chunks.size(), scan.sequences().num_tokens(), [&](int64_t i) {
+    if (i < alone) {
+      scan.scan(d.alone[i]);
+    } else {
+      gae_kernels<T>().lockstep(p, d.chunks[i - alone].data(), d.chunks[i - alone].size());
+    }
+  });
 }
 
 template <typename T>
 void gae_backward(const GaeBackwardParams& p) {
   const Sequences seqs(p.layout);
-  parallel_over_sequences(seqs, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      gae_kernels<T>().adjoint(p, s, seqs.origin(s), seqs.length(s), T(p.gamma.value), T(p.gamma.value * p.lam.value));
-    }
+  const auto adjoint = [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) gae_kernels<T>().adjoint(p, s, seqs.origin(s), seqs.length(s));
+  };
+  if (!seqs.packed()) {
+    at::parallel_for(0, seqs.count(), std::max<int64_t>(1, kChunk / std::max<int64_t>(1, seqs.count() > 0 ? seqs.length(0) : 0)), adjoint);
+    return;
+  }
+  const int64_t tokens = seqs.num_tokens();
+  at::parallel_for(0, std::max<int64_t>(1, tokens), kChunk, [&](int64_t begin, int64_t end) {
+    adjoint(seqs.first_from(begin), end >= tokens ? seqs.count() : seqs.first_from(end));  // empty ones at the very end: in the last stretch
   });
 }
 

@@ -402,113 +402,345 @@ T element(const Operand& x, int64_t index) {
   return value;
 }
 
-// Of eight sequences: their next valid steps.
-template <typename T>
-struct NextSteps {
-  Vec<T> advantage, value;
-};
+// --- eight sequences at a time, a lane each ---------------------------------------------------------------------------------------
 
-// And of all sequences that are walked together; room for whole groups.
+// The factors of one sequence: of GaeParams or GaeBackwardParams. gamma_second: of returns with a lambda of their own.
 template <typename T>
-struct NextColumns {
-  alignas(64) T advantage[kTile] = {}, value[kTile] = {};
+struct GaeDiscount {
+  T gamma, gamma_lam, gamma_second;
 
-  FUSED_CRITIC_INLINE NextSteps<T> load(int64_t at) const { return {Vec<T>::load(advantage + at), Vec<T>::load(value + at)}; }
-  FUSED_CRITIC_INLINE void store(int64_t at, const NextSteps<T>& next) {
-    next.advantage.store(advantage + at);
-    next.value.store(value + at);
+  template <typename Params>
+  GaeDiscount(const Params& p, int64_t seq) {
+    const auto number = [&](const Number& x) { return x.data != nullptr ? element<double>({x.data, x.dtype}, seq * x.seq_stride) : x.value; };
+    const double g = number(p.gamma);
+    gamma = T(g);
+    gamma_lam = T(g * number(p.lam));
+    gamma_second = p.has_returns_lam ? T(g * number(p.returns_lam)) : T(0);
   }
 };
 
-// One time step of eight sequences, lanes being sequences; `next` in place.
-template <bool kNextValues, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> dense_columns(const T* reward, const T* value, const GaeCoefficients<T>& c, NextSteps<T>& next) {
-  const Vec<T> r = Vec<T>::load(reward), v = Vec<T>::load(value);
-  const Vec<T> delta = kNextValues ? r - v : r + c.gamma * next.value - v;
-  const Vec<T> advantages = delta + c.gamma_lam * next.advantage;
-  next = {advantages, v};
-  return {advantages, advantages + v};
-}
+// Carried by each of many sequences, and their factors. second: the advantage of the returns' own recursion, with its factor.
+template <typename T, int kCount>
+struct GaeCarries {
+  alignas(64) T advantage[kCount] = {}, value[kCount] = {}, second[kCount] = {}, gamma[kCount] = {}, gamma_lam[kCount] = {}, gamma_second[kCount] = {};
 
-template <bool kNextValues, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> flagged_columns(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, NextSteps<T>& next) {
+  void enter(const GaeParams& p, int64_t at, int64_t seq) {
+    const GaeDiscount<T> discount(p, seq);
+    gamma[at] = discount.gamma;
+    gamma_lam[at] = discount.gamma_lam;
+    gamma_second[at] = discount.gamma_second;
+    const bool bootstrap = p.next_values.data == nullptr && p.bootstrap_values.data != nullptr;
+    value[at] = bootstrap ? element<T>(p.bootstrap_values, seq * p.bootstrap_values.seq_stride) : T(0);
+    advantage[at] = second[at] = T(0);
+  }
+};
+
+// Eight of them, in registers.
+template <typename T>
+struct GaeLaneCarries {
+  Vec<T> advantage, value, second;
+
+  template <int kCount>
+  FUSED_CRITIC_INLINE static GaeLaneCarries load(const GaeCarries<T, kCount>& c, int64_t at) {
+    return {Vec<T>::load(c.advantage + at), Vec<T>::load(c.value + at), Vec<T>::load(c.second + at)};
+  }
+  template <int kCount>
+  FUSED_CRITIC_INLINE void store(GaeCarries<T, kCount>& c, int64_t at) const {
+    advantage.store(c.advantage + at);
+    value.store(c.value + at);
+    second.store(c.second + at);
+  }
+};
+
+// Bits of eight lanes. ends: terminated or truncated; read at tokens that are steps (valid, or all of them in mask mode "zero").
+struct StepFlags {
+  uint32_t live, valid, terminated, ends;
+
+  StepFlags lanes(int64_t at) const { return {live >> at & kAllLanes, valid >> at & kAllLanes, terminated >> at & kAllLanes, ends >> at & kAllLanes}; }
+};
+
+// One step of eight sequences; `carries` in place. kOptions: a mask mode other than "skip", or returns with a lambda of their own.
+template <bool kNextValues, bool kOptions, typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> gae_step(const GaeParams& p, Vec<T> reward, Vec<T> value, Vec<T> next_value, const StepFlags& flags, const Vec<T>& gamma,
+                                           const Vec<T>& gamma_lam, const Vec<T>& gamma_second, GaeLaneCarries<T>& carries) {
   const Vec<T> zero = Vec<T>::all(T(0));
-  const Mask<T> lanes = lanes_of<T>(kLaneMoves.of[valid]), ending = lanes_of<T>(kLaneMoves.of[ends]);
-  NextSteps<T> steps{select(ending, zero, next.advantage), select(ending, zero, next.value)};
-  const GaeOutputs<T> out = dense_columns<kNextValues>(reward, value, c, steps);
-  next = {select(lanes, steps.advantage, next.advantage), select(lanes, steps.value, next.value)};
-  return {select(lanes, out.advantages, zero), select(lanes, out.returns, zero)};
+  const auto lanes = [](uint32_t bits) { return lanes_of<T>(kLaneMoves.of[bits]); };
+  const Mask<T> valid = lanes(flags.valid), ending = lanes(flags.ends);
+  if (kOptions && p.mask_mode == MaskMode::kZero) {
+    reward = select(valid, reward, zero);
+    value = select(valid, value, zero);
+    if constexpr (kNextValues) next_value = select(valid, next_value, zero);
+  }
+  const Vec<T> following = kNextValues ? select(lanes(flags.terminated), zero, next_value) : select(ending, zero, carries.value);
+  const Vec<T> delta = reward + gamma * following - value;
+  const Vec<T> advantage = delta + gamma_lam * select(ending, zero, carries.advantage);
+  const auto carry = [&](const Vec<T>& stepped, Vec<T>& carried) {
+    if constexpr (!kOptions) {
+      carried = select(valid, stepped, carried);
+      return;
+    }
+    const bool skip = p.mask_mode == MaskMode::kSkip;
+    const Vec<T> out = p.mask_mode == MaskMode::kReset ? select(valid, stepped, zero) : stepped;
+    carried = select(lanes(skip ? flags.valid : flags.live), out, carried);
+  };
+  Vec<T> second = advantage;
+  if (kOptions && p.has_returns_lam) {
+    second = delta + gamma_second * select(ending, zero, carries.second);
+    carry(second, carries.second);
+  }
+  carry(advantage, carries.advantage);
+  carry(value, carries.value);
+  return {select(valid, advantage, zero), select(valid, second + value, zero)};
 }
 
-// One time step of n sequences.
-template <bool kNextValues, typename T>
-inline void gae_step_of_columns(const GaeTile<T> t, const GaeCoefficients<T> c, NextColumns<T>& following) {
-  const bool flagged = t.valid != nullptr || t.ends != nullptr;
+inline bool has_options(const GaeParams& p) { return p.has_returns_lam || (p.mask.data != nullptr && p.mask_mode != MaskMode::kSkip); }
+
+// The step of eight sequences that are valid, without ends, next values or options.
+template <typename T>
+FUSED_CRITIC_INLINE GaeOutputs<T> gae_plain_step(const Vec<T>& reward, const Vec<T>& value, const Vec<T>& gamma, const Vec<T>& gamma_lam, GaeLaneCarries<T>& carries) {
+  carries.advantage = (reward + gamma * carries.value - value) + gamma_lam * carries.advantage;
+  carries.value = value;
+  return {carries.advantage, carries.advantage + value};
+}
+
+// One time step of n sequences, in arrays of T. Flags: non-zero where set; null: all valid, no ends.
+template <typename T>
+struct GaeColumns {
+  int64_t n;
+  const T *reward, *value, *next_value;
+  const uint8_t *valid, *terminated, *truncated;
+  T *advantages, *returns;
+};
+
+template <bool kNextValues, bool kOptions, typename T>
+inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T> t, GaeCarries<T, kTile>& carried) {
+  const bool reads_masked = kOptions && p.mask_mode == MaskMode::kZero;
+  const bool flagged = kNextValues || kOptions || t.valid != nullptr || t.terminated != nullptr;
+  // Of the columns [at, at + n), n <= kBlock: 32 lanes of StepFlags.
+  const auto load_flags = [&](int64_t at, int64_t n) {
+    const uint32_t all = ~uint32_t(0) >> (kBlock - n);
+    const auto bits = [&](const uint8_t* flags, uint32_t missing) {
+      return flags == nullptr ? missing : n == kBlock ? bits_of(flags + at) : bits_of(flags + at, n);
+    };
+    const uint32_t valid = bits(t.valid, all), steps = reads_masked ? all : valid, terminated = bits(t.terminated, 0) & steps;
+    return StepFlags{all, valid, terminated, terminated | (bits(t.truncated, 0) & steps)};
+  };
+  const auto step = [&](const T* reward, const T* value, const T* next_value, const StepFlags& flags, int64_t at) {
+    GaeLaneCarries<T> carries = GaeLaneCarries<T>::load(carried, at);
+    const GaeOutputs<T> out = gae_step<kNextValues, kOptions>(
+        p, Vec<T>::load(reward), Vec<T>::load(value), kNextValues ? Vec<T>::load(next_value) : Vec<T>::all(T(0)), flags, Vec<T>::load(carried.gamma + at),
+        Vec<T>::load(carried.gamma_lam + at), Vec<T>::load(carried.gamma_second + at), carries);
+    carries.store(carried, at);
+    return out;
+  };
+  const auto plain_steps = [&](int64_t at, int64_t end) {
+    for (; at < end; at += kLanes) {
+      GaeLaneCarries<T> carries = GaeLaneCarries<T>::load(carried, at);
+      gae_plain_step(Vec<T>::load(t.reward + at), Vec<T>::load(t.value + at), Vec<T>::load(carried.gamma + at), Vec<T>::load(carried.gamma_lam + at), carries)
+          .store(t.advantages + at, t.returns + at);
+      carries.advantage.store(carried.advantage + at);
+      carries.value.store(carried.value + at);
+    }
+  };
   int64_t at = 0;
   while (t.n - at >= kLanes) {
-    const int64_t columns = std::min<int64_t>(flagged ? kBlock : t.n, (t.n - at) / kLanes * kLanes), end = at + columns;
-    const FlagWords flags = flagged ? flag_words(t, at, columns) : FlagWords{0, 0, true};
-    if (flags.plain) {
-      for (; at < end; at += kLanes) {
-        NextSteps<T> next = following.load(at);
-        dense_columns<kNextValues>(t.reward + at, t.value + at, c, next).store(t.advantages + at, t.returns + at);
-        following.store(at, next);
-      }
+    const int64_t columns = std::min<int64_t>(flagged ? kBlock : t.n, (t.n - at) / kLanes * kLanes);
+    const StepFlags flags = flagged ? load_flags(at, columns) : StepFlags{0, 0, 0, 0};
+    if (!kNextValues && !kOptions && flags.valid == flags.live && flags.ends == 0) {
+      plain_steps(at, at + columns);
     } else {
-      for (int64_t i = 0; at < end; i += kLanes, at += kLanes) {
-        NextSteps<T> next = following.load(at);
-        flagged_columns<kNextValues>(t.reward + at, t.value + at, flags.valid_lanes(i), flags.ends_lanes(i), c, next).store(t.advantages + at, t.returns + at);
-        following.store(at, next);
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        step(t.reward + at + i, t.value + at + i, t.next_value + at + i, flags.lanes(i), at + i).store(t.advantages + at + i, t.returns + at + i);
       }
     }
+    at += columns;
   }
-  if (const int64_t rest = t.n - at; rest > 0) {  // the last n % kLanes sequences, other lanes masked
-    T value[kLanes] = {}, reward[kLanes] = {}, advantages[kLanes], returns[kLanes];
-    std::copy(t.value + at, t.value + t.n, value);
+  if (const int64_t rest = t.n - at; rest > 0) {  // the last n % kLanes sequences, with lanes that do not exist
+    T reward[kLanes] = {}, value[kLanes] = {}, next_value[kLanes] = {}, advantages[kLanes], returns[kLanes];
     std::copy(t.reward + at, t.reward + t.n, reward);
-    const FlagWords flags = flag_words(t, at, rest);
-    NextSteps<T> next = following.load(at);
-    flagged_columns<kNextValues>(reward, value, flags.valid, flags.ends, c, next).store(advantages, returns);
-    following.store(at, next);
+    std::copy(t.value + at, t.value + t.n, value);
+    if constexpr (kNextValues) std::copy(t.next_value + at, t.next_value + t.n, next_value);
+    step(reward, value, next_value, load_flags(at, rest), at).store(advantages, returns);
     std::copy(advantages, advantages + rest, t.advantages + at);
     std::copy(returns, returns + rest, t.returns + at);
   }
 }
 
 template <typename T>
-void gae_columns(const GaeParams& p, int64_t first, int64_t count, const GaePowers<T>& powers) {
-  const bool next = p.next_values.data != nullptr;
-  const GaeCoefficients<T> c(powers);
+void gae_columns(const GaeParams& p, int64_t first, int64_t count) {
+  const bool next = p.next_values.data != nullptr, options = has_options(p);
   GaeScratch<T> s;
-  NextColumns<T> following;
-  if (!next && p.bootstrap_values.data != nullptr) {
-    convert_run(p.bootstrap_values, first * p.bootstrap_values.seq_stride, p.bootstrap_values.seq_stride, count, following.value);
-  }
+  GaeCarries<T, kTile> carried;
+  for (int64_t i = 0; i < count; ++i) carried.enter(p, i, first + i);
   const Rect rect{1, count};
   for (int64_t step = p.layout.seq_len - 1; step >= 0; --step) {
     const auto origin = [&](const auto& x) { return first * x.seq_stride + step * x.time_stride; };
-    GaeTile<T> t = load_gae_tile<T>(
-        p, count, powers.gamma, s, [&](const Operand& x, T* scratch) { return load_rect(x, origin(x), 0, x.seq_stride, rect, scratch); },
-        [&](const Operand& x, uint8_t* scratch) { return load_flags(x, origin(x), x.seq_stride, count, scratch); });
+    const auto numbers = [&](const Operand& x, T* scratch) { return x.data == nullptr ? nullptr : load_rect(x, origin(x), 0, x.seq_stride, rect, scratch); };
+    const auto flags = [&](const Operand& x, uint8_t* scratch) { return x.data == nullptr ? nullptr : load_flags(x, origin(x), x.seq_stride, count, scratch); };
     T* direct_advantages = direct_rect<T>(p.advantages, origin(p.advantages), 0, p.advantages.seq_stride, rect);
     T* direct_returns = direct_rect<T>(p.returns, origin(p.returns), 0, p.returns.seq_stride, rect);
-    t.advantages = direct_advantages != nullptr ? direct_advantages : s.advantages;
-    t.returns = direct_returns != nullptr ? direct_returns : s.returns;
+    const GaeColumns<T> t{count, numbers(p.rewards, s.reward), numbers(p.values, s.value), numbers(p.next_values, s.next), flags(p.mask, s.valid),
+                          flags(p.terminated, s.terminated), flags(p.truncated, s.ends), direct_advantages != nullptr ? direct_advantages : s.advantages,
+                          direct_returns != nullptr ? direct_returns : s.returns};
     if (next) {
-      gae_step_of_columns<true>(t, c, following);
+      options ? gae_step_of_columns<true, true>(p, t, carried) : gae_step_of_columns<true, false>(p, t, carried);
     } else {
-      gae_step_of_columns<false>(t, c, following);
+      options ? gae_step_of_columns<false, true>(p, t, carried) : gae_step_of_columns<false, false>(p, t, carried);
     }
     if (direct_advantages == nullptr) store_run(t.advantages, count, p.advantages, origin(p.advantages), p.advantages.seq_stride);
     if (direct_returns == nullptr) store_run(t.returns, count, p.returns, origin(p.returns), p.returns.seq_stride);
   }
 }
 
-// The adjoint is a plain loop: it runs only where somebody differentiates through GAE.
+// Rows, walked side by side (lockstep.h).
+template <typename T, bool kNextValues, bool kOptions>
+class GaeLockstep {
+ public:
+  using Scalar = T;
+  static constexpr bool kReverse = true;
+  static constexpr int kNumbers = kNextValues ? 3 : 2, kFlags = 3, kOutputs = 2;
+  using State = GaeCarries<T, kLanes>;
+  using Blocks = LaneBlocks<GaeLockstep>;
+
+  explicit GaeLockstep(const GaeParams& p)
+      : p_(p), flagged_(p.mask.data != nullptr || p.terminated.data != nullptr || p.truncated.data != nullptr),
+        trims_(p.mask.data != nullptr && p.mask.dtype == DType::kInt8 && p.mask.time_stride == 1 && direct(p.advantages) && direct(p.returns)) {}
+
+  const Operand& number(int k) const { return k == 0 ? p_.rewards : k == 1 ? p_.values : p_.next_values; }
+  const Operand& flags(int k) const { return k == 0 ? p_.mask : k == 1 ? p_.terminated : p_.truncated; }
+  const Output& output(int k) const { return k == 0 ? p_.advantages : p_.returns; }
+
+  // Masked stretches at both ends are not walked.
+  LaneSequence trim(LaneSequence s) const {
+    if (kOptions || !trims_) return s;
+    const uint8_t* valid = static_cast<const uint8_t*>(p_.mask.data) + s.seq * p_.mask.seq_stride + s.origin;
+    int64_t end = s.length, begin = 0;
+    while (end >= kBlock && bits_of(valid + end - kBlock) == 0) end -= kBlock;
+    while (end - begin >= kBlock && bits_of(valid + begin) == 0) begin += kBlock;
+    const auto clear = [&](int64_t from, int64_t to) {
+      for (const Output* y : {&p_.advantages, &p_.returns}) {
+        T* at = static_cast<T*>(y->data) + s.seq * y->seq_stride + s.origin;
+        std::fill(at + from, at + to, T(0));
+      }
+    };
+    clear(0, begin);
+    clear(end, s.length);
+    return {s.seq, s.origin + begin, end - begin};
+  }
+
+  void enter(State& state, int lane, int64_t seq) const { state.enter(p_, lane, seq); }
+  void leave(const State&, int, int64_t) const {}
+
+  void walk(State& state, const Blocks& b, int64_t blocks, uint64_t live) const {
+    for (int64_t block = blocks - 1; block >= 0;) {
+      int64_t plain = 0;
+      if (!kNextValues && !kOptions && !flagged_ && ~live == 0) plain = block + 1;
+      while (plain <= block && is_plain(b, block - plain, live)) ++plain;
+      if (plain > 0) {
+        plain_blocks(state, b, block - plain + 1, block + 1);
+        block -= plain;
+      } else {
+        flagged_block(state, b, block * kTurn, live);
+        --block;
+      }
+    }
+  }
+
+ private:
+  // As StepFlags, of a block.
+  struct Flags {
+    uint64_t valid, terminated, ends;
+  };
+
+  FUSED_CRITIC_INLINE Flags load_flags(const Blocks& b, int64_t at, uint64_t live) const {
+    const uint64_t valid = p_.mask.data != nullptr ? load_bits(b.flags[0], at) & live : live;
+    const uint64_t steps = kOptions && p_.mask_mode == MaskMode::kZero ? live : valid;
+    const uint64_t terminated = p_.terminated.data != nullptr ? load_bits(b.flags[1], at) & steps : 0;
+    return {valid, terminated, p_.truncated.data != nullptr ? terminated | (load_bits(b.flags[2], at) & steps) : terminated};
+  }
+
+  FUSED_CRITIC_INLINE bool is_plain(const Blocks& b, int64_t block, uint64_t live) const {
+    if (kNextValues || (kOptions && p_.has_returns_lam)) return false;
+    const Flags flags = load_flags(b, block * kTurn, live);
+    return ~flags.valid == 0 && flags.ends == 0;
+  }
+
+  // Blocks [first, end), all valid and without ends: delta is made of whole rows, so that it alone is turned on the way in.
+  FUSED_CRITIC_NOINLINE void plain_blocks(State& state, const Blocks& b, int64_t first, int64_t end) const {
+    const Blocks lanes = b;  // a copy, which no store can change
+    const Vec<T> gamma_lam = Vec<T>::load(state.gamma_lam);
+    T gamma[kLanes], following_value[kLanes];
+    std::copy(state.gamma, state.gamma + kLanes, gamma);
+    std::copy(state.value, state.value + kLanes, following_value);
+    Vec<T> next = Vec<T>::load(state.advantage);
+    const auto block = [&](int64_t at, const auto& following) __attribute__((always_inline)) {
+      Vec<T> x[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const Vec<T> v = Vec<T>::load(lanes.number[1][i] + at);
+        x[i] = Vec<T>::load(lanes.number[0][i] + at) + Vec<T>::all(gamma[i]) * following(i, v) - v;
+      }
+      transpose(x);
+      for (int i = kTurn - 1; i >= 0; --i) next = x[i] = gamma_lam * next + x[i];
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) {
+        x[i].store(lanes.output[0][i] + at);
+        (x[i] + Vec<T>::load(lanes.number[1][i] + at)).store(lanes.output[1][i] + at);
+      }
+    };
+    int64_t at = (end - 1) * kTurn;
+    block(at, [&](int i, const Vec<T>& v) { return shift_down<1>(v, Vec<T>::all(following_value[i])); });
+    for (at -= kTurn; at >= first * kTurn; at -= kTurn) block(at, [&](int i, const Vec<T>&) { return Vec<T>::load(lanes.number[1][i] + at + 1); });
+    next.store(state.advantage);
+    for (int i = 0; i < kLanes; ++i) state.value[i] = lanes.number[1][i][first * kTurn];
+  }
+
+  FUSED_CRITIC_NOINLINE void flagged_block(State& state, const Blocks& b, int64_t at, uint64_t live) const {
+    const Flags flags = load_flags(b, at, live);
+    const uint64_t live_steps = kOptions ? turn_bits(live) : 0, valid = turn_bits(flags.valid);  // live_steps: without options nothing asks
+    const uint64_t terminated = kNextValues ? turn_bits(flags.terminated) : 0, ends = turn_bits(flags.ends);
+    const Vec<T> gamma = Vec<T>::load(state.gamma), gamma_lam = Vec<T>::load(state.gamma_lam), gamma_second = Vec<T>::load(state.gamma_second);
+    GaeLaneCarries<T> carries = GaeLaneCarries<T>::load(state, 0);
+    Vec<T> reward[kTurn], value[kTurn], next_value[kTurn];
+    load_turned(b.number[0], at, reward);
+    load_turned(b.number[1], at, value);
+    if constexpr (kNextValues) load_turned(b.number[2], at, next_value);
+#pragma GCC unroll 8  // kTurn: the steps stay in registers
+    for (int i = kTurn - 1; i >= 0; --i) {
+      const auto lanes = [&](uint64_t bits) { return uint32_t(bits >> (kLanes * i) & kAllLanes); };
+      const GaeOutputs<T> out =
+          gae_step<kNextValues, kOptions>(p_, reward[i], value[i], next_value[i], {lanes(live_steps), lanes(valid), lanes(terminated), lanes(ends)}, gamma, gamma_lam,
+                                          gamma_second, carries);
+      reward[i] = out.advantages;
+      value[i] = out.returns;
+    }
+    store_turned(reward, b.output[0], at);
+    store_turned(value, b.output[1], at);
+    carries.store(state, 0);
+  }
+
+  static bool direct(const Output& y) { return y.time_stride == 1 && y.dtype == dtype_of<T>(); }
+
+  const GaeParams p_;
+  const bool flagged_, trims_;
+};
+
 template <typename T>
-void gae_adjoint(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T gamma_lam) {
+void gae_lockstep(const GaeParams& p, const LaneSequence* sequences, int64_t n) {
+  const auto walk = [&](const auto& op) { Lockstep(op).walk(sequences, n); };
+  if (p.next_values.data != nullptr) {
+    has_options(p) ? walk(GaeLockstep<T, true, true>(p)) : walk(GaeLockstep<T, true, false>(p));
+  } else {
+    has_options(p) ? walk(GaeLockstep<T, false, true>(p)) : walk(GaeLockstep<T, false, false>(p));
+  }
+}
+
+// The adjoint (gae.h) is a plain loop: it runs only where somebody differentiates through GAE.
+template <typename T>
+void gae_adjoint(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length) {
   alignas(64) T grad_adv[kTile], grad_ret[kTile], valid[kTile], terminated[kTile], truncated[kTile], d_reward[kTile], d_value[kTile], d_next[kTile];
-  T carry = T(0);  // (1 - done) p of the previous valid position; without next_values there is no truncation, so it serves V too
+  const GaeDiscount<T> discount(p, seq);
+  const T gamma = discount.gamma;
+  T q = T(0), second_q = T(0);  // the second carry is that of returns with their own lambda
   for (int64_t start = 0; start < length; start += kTile) {
     const int64_t n = std::min(kTile, length - start);
     const auto origin = [&](const auto& x) { return seq * x.seq_stride + (seq_origin + start) * x.time_stride; };
@@ -525,15 +757,23 @@ void gae_adjoint(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, in
     load(p.terminated, T(0), terminated);
     load(p.truncated, T(0), truncated);
     for (int64_t i = 0; i < n; ++i) {
+      const bool ended = terminated[i] != T(0), done = ended || truncated[i] != T(0);
       if (valid[i] == T(0)) {
         d_reward[i] = d_value[i] = d_next[i] = T(0);
+        if (p.mask_mode == MaskMode::kSkip) continue;
+        const bool stops = done || p.mask_mode == MaskMode::kReset;
+        q = stops ? T(0) : discount.gamma_lam * q;
+        second_q = stops ? T(0) : discount.gamma_second * second_q;
         continue;
       }
-      const T grad = (grad_adv[i] + grad_ret[i]) + gamma_lam * carry;
+      const T first = (p.has_returns_lam ? grad_adv[i] : grad_adv[i] + grad_ret[i]) + discount.gamma_lam * q;
+      const T second = p.has_returns_lam ? grad_ret[i] + discount.gamma_second * second_q : T(0);
+      const T grad = first + second;
       d_reward[i] = grad;
-      d_value[i] = grad_ret[i] - grad + (p.has_next_values ? T(0) : gamma * carry);
-      d_next[i] = terminated[i] != T(0) ? T(0) : gamma * grad;
-      carry = terminated[i] != T(0) || truncated[i] != T(0) ? T(0) : grad;
+      d_value[i] = grad_ret[i] - grad + (p.has_next_values ? T(0) : gamma * (q + second_q));
+      d_next[i] = ended ? T(0) : gamma * grad;
+      q = done ? T(0) : first;
+      second_q = done ? T(0) : second;
     }
     const auto store = [&](const T* from, const Output& y) {
       if (y.data != nullptr) store_run(from, n, y, origin(y), y.time_stride);
@@ -543,7 +783,7 @@ void gae_adjoint(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, in
     store(d_next, p.grad_next_values);
   }
   if (p.grad_bootstrap.data != nullptr) {
-    const T grad = gamma * carry;
+    const T grad = gamma * (q + second_q);
     store_run(&grad, 1, p.grad_bootstrap, seq * p.grad_bootstrap.seq_stride, 1);
   }
 }

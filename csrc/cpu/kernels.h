@@ -55,6 +55,11 @@ struct GaePowers {
   }
 };
 
+// A sequence for a kernel that takes several: its operands start at element seq * seq_stride + origin * time_stride.
+struct LaneSequence {
+  int64_t seq, origin, length;
+};
+
 enum class ScanMode { kEmit, kEmitAndAggregate, kAggregate };
 
 template <typename T>
@@ -64,10 +69,12 @@ struct GaeKernels {
   T (*rows)(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, const GaePowers<T>& powers, T carry, ScanMode mode, Affine<T>* total);
   // One element of an operand.
   T (*element)(const Operand& x, int64_t index);
+  // n sequences, eight at a time.
+  void (*lockstep)(const GaeParams& p, const LaneSequence* sequences, int64_t n);
   // All time steps of the sequences [first, first + count), count <= kTile, in lock-step.
-  void (*columns)(const GaeParams& p, int64_t first, int64_t count, const GaePowers<T>& powers);
+  void (*columns)(const GaeParams& p, int64_t first, int64_t count);
   // Adjoint of one sequence of `length` tokens, from the first to the last.
-  void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length, T gamma, T gamma_lam);
+  void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length);
 };
 
 struct Kernels {

@@ -252,24 +252,41 @@ FUSED_CRITIC_INLINE void transpose_in_halves(Vec<T> (&rows)[4]) {
   rows[3] = lanes_from(b, d, high_pairs);
 }
 
-// Bit i is set where byte i is not zero: of 32 bytes, and of n <= 32.
-FUSED_CRITIC_INLINE uint32_t bits_of(const uint8_t* bytes) {
-  uint32_t bits = 0;
+// Transposes 8 x 8 lanes. Its own inverse.
+template <typename T>
+FUSED_CRITIC_INLINE void transpose(Vec<T> (&rows)[kLanes]) {
+  constexpr int kHalf = kLanes / 2;
+  const auto lower = [](int lane) { return lane % kHalf + lane / kHalf * kLanes; };
+  const auto upper = [](int lane) { return lane % kHalf + lane / kHalf * kLanes + kHalf; };
+  Vec<T> first[kHalf], second[kHalf];
+  for (int i = 0; i < kHalf; ++i) {
+    first[i] = lanes_from(rows[i], rows[i + kHalf], lower);
+    second[i] = lanes_from(rows[i], rows[i + kHalf], upper);
+  }
+  transpose_in_halves(first);
+  transpose_in_halves(second);
+  for (int i = 0; i < kHalf; ++i) rows[i] = first[i], rows[i + kHalf] = second[i];
+}
+
+// Bit i is set where byte i is not zero: of 16 bytes as two words (in registers: put together in memory, the processor would wait for the
+// stores), of 32, and of n <= 32.
+FUSED_CRITIC_INLINE uint32_t bits_of(uint64_t lower, uint64_t upper) {
 #if defined(__x86_64__)
+  typedef unsigned long long Words __attribute__((vector_size(16)));
   typedef char Bytes __attribute__((vector_size(16)));
-  Bytes x[2];
-  std::memcpy(x, bytes, sizeof(x));
-  for (int i = 0; i < 2; ++i) bits |= uint32_t(__builtin_ia32_pmovmskb128(Bytes(x[i] == Bytes{}))) << (16 * i);
-  return ~bits;
+  return ~uint32_t(__builtin_ia32_pmovmskb128(Bytes(Bytes(Words{lower, upper}) == Bytes{}))) & 0xFFFFu;
 #else
+  const auto gather = [](uint64_t x) {
+    const uint64_t low = 0x7F7F7F7F7F7F7F7Full, set = (((x & low) + low) | x) & ~low;  // the top bit of each byte that is not zero
+    return uint32_t((set >> 7) * 0x0102040810204080ull >> 56);                           // gathers eight bits that lie eight apart
+  };
+  return gather(lower) | gather(upper) << 8;
+#endif
+}
+FUSED_CRITIC_INLINE uint32_t bits_of(const uint8_t* bytes) {
   uint64_t x[4];
   std::memcpy(x, bytes, sizeof(x));
-  for (int i = 0; i < 4; ++i) {
-    const uint64_t low = 0x7F7F7F7F7F7F7F7Full, set = (((x[i] & low) + low) | x[i]) & ~low;  // the top bit of each byte that is not zero
-    bits |= uint32_t((set >> 7) * 0x0102040810204080ull >> 56) << (8 * i);                    // gathers eight bits that lie eight apart
-  }
-  return bits;
-#endif
+  return bits_of(x[0], x[1]) | bits_of(x[2], x[3]) << 16;
 }
 inline uint32_t bits_of(const uint8_t* bytes, int64_t n) {
   uint32_t bits = 0;
