@@ -67,8 +67,6 @@ template <typename T>
 void run(const GaeParams& p, const at::Device& device) {
 #ifdef FUSED_CRITIC_WITH_CUDA
   if (device.is_cuda()) {
-    TORCH_CHECK_NOT_IMPLEMENTED((p.mask_mode == MaskMode::kSkip || p.mask.data == nullptr) && !p.has_returns_lam && p.gamma.seq_stride == 0 &&
-                                p.lam.seq_stride == 0, kOp, ": mask_mode, returns_lam, gamma, lam: expected the defaults on CUDA");
     launch_on(device, cuda::gae_workspace<T>(p), [&](void* workspace, cudaStream_t stream) { cuda::launch_gae<T>(p, workspace, stream); });
     return;
   }
@@ -81,8 +79,6 @@ template <typename T>
 void run(const GaeBackwardParams& p, const at::Device& device) {
 #ifdef FUSED_CRITIC_WITH_CUDA
   if (device.is_cuda()) {
-    TORCH_CHECK_NOT_IMPLEMENTED((p.mask_mode == MaskMode::kSkip || p.mask.data == nullptr) && !p.has_returns_lam && p.gamma.seq_stride == 0 &&
-                                p.lam.seq_stride == 0, kOp, ": mask_mode, returns_lam, gamma, lam: expected the defaults on CUDA");
     launch_on(device, cuda::gae_backward_workspace<T>(p), [&](void* workspace, cudaStream_t stream) { cuda::launch_gae_backward<T>(p, workspace, stream); });
     return;
   }

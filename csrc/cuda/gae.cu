@@ -5,26 +5,38 @@
 // run and every GPU.
 #include "../math/gae.h"
 
+#include <type_traits>
+
 #include "launch.h"
 #include "scan.cuh"
 
 namespace fused_critic::cuda {
 namespace {
 
-// gamma and lambda: their factors if the host knows both, else the tensors, which the kernel reads.
+// gamma and the lambdas: their factors if the host knows all of them, else the tensors, which the kernel reads.
 template <typename T>
 struct Discount {
-  GaeFactors<T> factors;
+  GaeFactors<T, Pair<T>> factors;
   bool on_device, has_next_values;
-  Number gamma, lam;
+  Number gamma, lam, returns_lam;
 
   Discount() = default;
-  Discount(const Number& gamma, const Number& lam, bool has_next_values)
-      : factors(gae_factors<T>(gamma.value, lam.value)), on_device(gamma.data != nullptr || lam.data != nullptr),
-        has_next_values(has_next_values), gamma(gamma), lam(lam) {}
+  template <typename Params>
+  Discount(const Params& p, bool has_next_values)
+      : factors(gae_factors<T, Pair<T>>(p.gamma.value, p.lam.value, p.returns_lam.value)),
+        on_device(p.gamma.data != nullptr || p.lam.data != nullptr || p.returns_lam.data != nullptr), has_next_values(has_next_values),
+        gamma(p.gamma), lam(p.lam), returns_lam(p.returns_lam) {}
 
-  __device__ __forceinline__ GaeFactors<T> load() const {
-    return on_device ? gae_factors<T>(load_number(gamma), load_number(lam)) : factors;
+  // C: T, or Pair<T> with returns_lam.
+  template <typename C>
+  __device__ __forceinline__ GaeFactors<T, C> load(int64_t seq) const {
+    constexpr bool kPair = !std::is_same_v<C, T>;
+    if (on_device) return gae_factors<T, C>(load_number(gamma, seq), load_number(lam, seq), kPair ? load_number(returns_lam, seq) : 0);
+    if constexpr (kPair) {
+      return factors;
+    } else {
+      return {factors.gamma, factors.gamma_lam.first};
+    }
   }
 };
 
@@ -39,10 +51,19 @@ class Powers {
   T square_, cube_, fourth_, a_;
 };
 
-// The flags that change a step. kAll: any of terminated, truncated and next_values.
-enum class Ends { kNone, kTerminated, kAll };
+// What changes a step. kAll: any of terminated, truncated and next_values; kModes: those, and what masked tokens are is decided at run time.
+enum class Ends { kNone, kTerminated, kAll, kModes };
 
-inline Ends ends_of(bool terminated, bool others) { return others ? Ends::kAll : (terminated ? Ends::kTerminated : Ends::kNone); }
+inline Ends ends_of(bool terminated, bool others, bool modes) {
+  if (modes) return Ends::kModes;
+  return others ? Ends::kAll : (terminated ? Ends::kTerminated : Ends::kNone);
+}
+
+// A mask whose tokens are not simply skipped.
+template <typename Params>
+bool has_mode(const Params& p) {
+  return p.mask.data != nullptr && p.mask_mode != MaskMode::kSkip;
+}
 
 template <typename T>
 struct GaeScanParams {
@@ -51,13 +72,16 @@ struct GaeScanParams {
   Operand bootstrap;  // used without next_values only
   Discount<T> discount;
   Ends ends;
+  MaskMode mask_mode;  // kModes only
 };
 
-// Scanned from the last token to the first. kConstant: no mask, no flags, no next values: every step's factor is gamma lam.
-template <typename T, bool kConstant>
+// Scanned from the last token to the first. kConstant: no mask, no flags, no next values: every step's factor is gamma lam. C: T, or Pair<T>
+// for the advantages' recursion and the returns' with a lambda of its own, side by side.
+template <typename T, bool kConstant, typename C = T>
 class GaeScan {
  public:
   using Scalar = T;
+  using Carry = C;
   static constexpr bool kReverse = true;
   static constexpr bool kConstantFactor = kConstant;
 
@@ -71,13 +95,13 @@ class GaeScan {
   };
 
   struct Token {
-    T advantage;  // if the x that enters the thread's first valid token were that token's value,
-    T power;      // and how much it grows with x (unset if kConstant)
+    C advantage;  // if the x that enters the thread's first valid token were that token's value,
+    C power;      // and how much it grows with x (unset if kConstant)
     T value;
     bool valid;
   };
 
-  __device__ __forceinline__ explicit GaeScan(const Params& p) : p_(p), f_(p.discount.load()), powers_(f_.gamma_lam) {}
+  __device__ __forceinline__ GaeScan(const Params& p, int64_t seq) : p_(p), f_(p.discount.template load<C>(seq)), powers_(f_.gamma_lam) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -87,7 +111,7 @@ class GaeScan {
     if constexpr (!kConstant) {
       raw.valid = at.fetch_valid(p_.mask);
       if (p_.ends != Ends::kNone) raw.terminated = at.fetch_flags(p_.terminated);
-      if (p_.ends == Ends::kAll) {
+      if (p_.ends >= Ends::kAll) {
         raw.truncated = at.fetch_flags(p_.truncated);
         raw.next_value = at.fetch_optional(p_.next_values);
       }
@@ -96,89 +120,104 @@ class GaeScan {
   }
 
   template <typename At>
-  __device__ __forceinline__ Affine<T> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
-    if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
-    if (p_.ends == Ends::kTerminated) return compose_with<Ends::kTerminated>(at, raw, tokens);
-    return compose_with<Ends::kAll>(at, raw, tokens);
+  __device__ __forceinline__ Affine<C> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    if constexpr (!std::is_same_v<C, T>) {
+      return compose_with<Ends::kModes>(at, raw, tokens);
+    } else {
+      if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
+      if (p_.ends == Ends::kTerminated) return compose_with<Ends::kTerminated>(at, raw, tokens);
+      if (p_.ends == Ends::kAll) return compose_with<Ends::kAll>(at, raw, tokens);
+      return compose_with<Ends::kModes>(at, raw, tokens);
+    }
   }
 
   template <typename At>
-  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], T x) const {
+  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], C x) const {
     constexpr int N = At::kTokens;
     T advantage[N], ret[N];
-    x -= first_value(tokens);
+    x = x - C(first_value(tokens));
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       const Token& t = tokens[i];
-      if (kConstant && j > 0 && j % kVec == 0) x *= powers_[kVec];
-      const T a = t.advantage + (kConstant ? powers_[j % kVec] : t.power) * x;
-      advantage[i] = t.valid ? a : T(0);
-      ret[i] = t.valid ? a + t.value : T(0);
+      if (kConstant && j > 0 && j % kVec == 0) x = x * powers_[kVec];
+      const C a = t.advantage + (kConstant ? powers_[j % kVec] : t.power) * x;
+      advantage[i] = t.valid ? first_of(a) : T(0);
+      ret[i] = t.valid ? second_of(a) + t.value : T(0);
     }
     at.write(p_.advantages, advantage);
     at.write(p_.returns, ret);
   }
 
-  __device__ __forceinline__ T factor() const { return f_.gamma_lam; }
+  __device__ __forceinline__ C factor() const { return f_.gamma_lam; }
 
-  __device__ __forceinline__ T initial(int64_t seq) const {
+  __device__ __forceinline__ C initial(int64_t seq) const {
     const Operand& bootstrap = p_.bootstrap;
-    return bootstrap.data != nullptr ? f_.gamma * load<T>(bootstrap.data, bootstrap.dtype, seq * bootstrap.seq_stride) : T(0);
+    return C(bootstrap.data != nullptr ? f_.gamma * load<T>(bootstrap.data, bootstrap.dtype, seq * bootstrap.seq_stride) : T(0));
   }
 
-  __device__ __forceinline__ void finish(int64_t, T) const {}
+  __device__ __forceinline__ void finish(int64_t, C) const {}
 
  private:
   template <Ends kEnds, typename At>
-  __device__ __forceinline__ Affine<T> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+  __device__ __forceinline__ Affine<C> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    using std::fma;
     constexpr int N = At::kTokens;
+    constexpr bool kModes = kEnds == Ends::kModes;
     T reward[N], value[N], next_value[N];
     at.numbers(p_.rewards, raw.reward, reward);
     at.numbers(p_.values, raw.value, value);
-    if constexpr (kEnds == Ends::kAll) at.numbers(p_.next_values, raw.next_value, next_value);
+    if constexpr (kEnds >= Ends::kAll) at.numbers(p_.next_values, raw.next_value, next_value);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       tokens[i].value = value[i];
       tokens[i].valid = kConstant || at.test(raw.valid, i);
     }
     // The next value is that of the next valid token, if next_values do not say otherwise.
-    const bool follows = kEnds != Ends::kAll || !p_.discount.has_next_values;
+    const bool follows = kEnds < Ends::kAll || !p_.discount.has_next_values;
     const T first = first_value(tokens);
-    T a = T(0), power = T(1), gamma_next = first;  // gamma V_next; of the first valid token: its own V
+    C a = C(0), power = C(1);
+    T gamma_next = first;  // gamma V_next; of the first valid token: its own V
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       Token& t = tokens[i];
-      T r = reward[i];
+      T r = reward[i], v = t.value;
+      bool step = t.valid;
+      if constexpr (kModes) {
+        r = t.valid ? r : T(0);
+        v = t.valid ? v : T(0);
+        step = t.valid || (p_.mask_mode == MaskMode::kZero && at.live(i));
+      }
       if constexpr (kEnds != Ends::kNone) {
-        const bool terminated = t.valid && at.test(raw.terminated, i);
+        const bool terminated = step && at.test(raw.terminated, i);
         bool done = terminated;
-        if constexpr (kEnds == Ends::kAll) {
-          done = done || (t.valid && at.test(raw.truncated, i));
-          r += terminated || follows ? T(0) : f_.gamma * next_value[i];
+        if constexpr (kEnds >= Ends::kAll) {
+          done = done || (step && at.test(raw.truncated, i));
+          r += terminated || follows || (kModes && !t.valid) ? T(0) : f_.gamma * next_value[i];
         }
+        if constexpr (kModes) done = done || (p_.mask_mode == MaskMode::kReset && !t.valid && at.live(i));
         gamma_next = done ? T(0) : gamma_next;
-        a = done ? T(0) : a;
-        power = done ? T(0) : power;
+        a = done ? C(0) : a;
+        power = done ? C(0) : power;
       }
       t.power = power;
       if constexpr (kConstant) {
-        const T drop = j == 0 ? T(0) : std::fma(-f_.gamma, value[in_scan_order<kReverse, N>(j == 0 ? 0 : j - 1)], t.value);
-        a = std::fma(f_.gamma_lam, a, r - drop);
+        const T drop = j == 0 ? T(0) : std::fma(-f_.gamma, value[in_scan_order<kReverse, N>(j == 0 ? 0 : j - 1)], v);
+        a = fma(f_.gamma_lam, a, C(r - drop));
       } else {
         // Selected, never multiplied: what a skipped token holds may be anything.
-        const T advantage = std::fma(f_.gamma_lam, a, r - (t.value - gamma_next));
-        a = t.valid ? advantage : a;
-        gamma_next = t.valid ? (follows ? f_.gamma * t.value : T(0)) : gamma_next;
-        power *= t.valid ? f_.gamma_lam : T(1);
+        const C advantage = fma(f_.gamma_lam, a, C(r - (v - gamma_next)));
+        a = step ? advantage : a;
+        gamma_next = step ? (follows ? f_.gamma * v : T(0)) : gamma_next;
+        power = power * (step ? f_.gamma_lam : C(1));
       }
       t.advantage = a;
     }
     if constexpr (kConstant) {
       gamma_next = f_.gamma * value[in_scan_order<kReverse, N>(N - 1)];
 #pragma unroll
-      for (int j = 0; j < N; j += kVec) power *= powers_[kVec];
+      for (int j = 0; j < N; j += kVec) power = power * powers_[kVec];
     }
     return {power, gae_leaving(a, f_.gamma_lam, gamma_next, power, first)};
   }
@@ -197,8 +236,8 @@ class GaeScan {
   }
 
   const Params p_;
-  const GaeFactors<T> f_;
-  const Powers<T> powers_;  // of gamma lam, used if kConstant
+  const GaeFactors<T, C> f_;
+  const Powers<C> powers_;  // of gamma lam, used if kConstant
 };
 
 template <typename T>
@@ -208,13 +247,16 @@ struct GaeAdjointParams {
   Output grad_bootstrap;
   Discount<T> discount;
   Ends ends;
+  MaskMode mask_mode;  // kModes only
 };
 
-// Scanned from the first token to the last. kConstant: no mask and no flags.
-template <typename T, bool kConstant>
+// Scanned from the first token to the last. kConstant: no mask and no flags. C: T, or Pair<T> for the advantages' adjoint and the returns' with
+// a lambda of its own, side by side.
+template <typename T, bool kConstant, typename C = T>
 class GaeAdjointScan {
  public:
   using Scalar = T;
+  using Carry = C;
   static constexpr bool kReverse = false;
   static constexpr bool kConstantFactor = kConstant;
 
@@ -228,13 +270,14 @@ class GaeAdjointScan {
   };
 
   struct Token {
-    T p;      // if q = 0 entered the thread's first token,
-    T power;  // and how much it grows with that q (unset if kConstant). A skipped token's p is the q that passes it.
+    C p;      // if q = 0 entered the thread's first token,
+    C power;  // and how much it grows with that q (unset if kConstant). A skipped token's p is the q that passes it.
     T grad_return;
     bool valid, terminated, done;
   };
 
-  __device__ __forceinline__ explicit GaeAdjointScan(const Params& p) : p_(p), f_(p.discount.load()), powers_(f_.gamma_lam) {}
+  __device__ __forceinline__ GaeAdjointScan(const Params& p, int64_t seq)
+      : p_(p), f_(p.discount.template load<C>(seq)), powers_(f_.gamma_lam) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -252,75 +295,85 @@ class GaeAdjointScan {
   }
 
   template <typename At>
-  __device__ __forceinline__ Affine<T> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
-    return kConstant || p_.ends == Ends::kNone ? compose_with<false>(at, raw, tokens) : compose_with<true>(at, raw, tokens);
+  __device__ __forceinline__ Affine<C> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    if constexpr (!std::is_same_v<C, T>) {
+      return compose_with<Ends::kModes>(at, raw, tokens);
+    } else {
+      if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
+      if (p_.ends != Ends::kModes) return compose_with<Ends::kAll>(at, raw, tokens);
+      return compose_with<Ends::kModes>(at, raw, tokens);
+    }
   }
 
   template <typename At>
-  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], T q) const {
+  __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], C q) const {
     constexpr int N = At::kTokens;
     T reward[N], value[N], next_value[N];
     const T gamma_carried = p_.discount.has_next_values ? T(0) : f_.gamma;
-    T entered = kConstant ? f_.gamma_lam * q : q;
+    C entered = kConstant ? f_.gamma_lam * q : q;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Token& t = tokens[i];
-      if (kConstant && i > 0 && i % kVec == 0) entered *= powers_[kVec];
-      const T p = t.p + (kConstant ? powers_[i % kVec] : t.power) * entered;
-      const T v = (t.grad_return - p) + gamma_carried * q;
-      reward[i] = t.valid ? p : T(0);
+      if (kConstant && i > 0 && i % kVec == 0) entered = entered * powers_[kVec];
+      const C p = t.p + (kConstant ? powers_[i % kVec] : t.power) * entered;
+      const T v = (t.grad_return - total(p)) + gamma_carried * total(q);
+      reward[i] = t.valid ? total(p) : T(0);
       value[i] = t.valid ? v : T(0);
-      next_value[i] = t.valid && !t.terminated ? f_.gamma * p : T(0);
-      q = t.done ? T(0) : p;
+      next_value[i] = t.valid && !t.terminated ? f_.gamma * total(p) : T(0);
+      q = t.done ? C(0) : p;
     }
     if (p_.grad_rewards) at.write(p_.grad_rewards, reward);
     if (p_.grad_values) at.write(p_.grad_values, value);
     if (p_.grad_next_values) at.write(p_.grad_next_values, next_value);
   }
 
-  __device__ __forceinline__ T factor() const { return f_.gamma_lam; }
-  __device__ __forceinline__ T initial(int64_t) const { return T(0); }
+  __device__ __forceinline__ C factor() const { return f_.gamma_lam; }
+  __device__ __forceinline__ C initial(int64_t) const { return C(0); }
 
-  // The carry that leaves is (1 - done) p of the last valid token; a bootstrap is used without next_values only, where done is terminated.
-  __device__ __forceinline__ void finish(int64_t seq, T leaving) const {
+  // The carry that leaves is (1 - done) p of the last token; a bootstrap is used without next_values only, where done is terminated.
+  __device__ __forceinline__ void finish(int64_t seq, C leaving) const {
     const Output& out = p_.grad_bootstrap;
-    if (out.data != nullptr) static_cast<T*>(out.data)[seq * out.seq_stride] = p_.discount.has_next_values ? T(0) : f_.gamma * leaving;
+    if (out.data != nullptr) static_cast<T*>(out.data)[seq * out.seq_stride] = p_.discount.has_next_values ? T(0) : f_.gamma * total(leaving);
   }
 
  private:
-  template <bool kEnds, typename At>
-  __device__ __forceinline__ Affine<T> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+  template <Ends kEnds, typename At>
+  __device__ __forceinline__ Affine<C> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
     constexpr int N = At::kTokens;
+    constexpr bool kModes = kEnds == Ends::kModes;
     T grad_advantage[N] = {}, grad_return[N] = {};
     if (p_.grad_advantages) at.numbers(p_.grad_advantages, raw.grad_advantage, grad_advantage);
     if (p_.grad_returns) at.numbers(p_.grad_returns, raw.grad_return, grad_return);
-    T q = T(0), power = T(1);
+    C q = C(0), power = C(1);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       Token& t = tokens[i];
-      t = {grad_advantage[i] + grad_return[i], T(0), grad_return[i], true, false, false};
-      T factor = f_.gamma_lam;
+      t = {both<C>(grad_advantage[i], grad_return[i]), C(0), grad_return[i], true, false, false};
+      C factor = f_.gamma_lam;
+      bool step = true;
       if constexpr (!kConstant) {
         t.valid = at.test(raw.valid, i);
-        t.p = t.valid ? t.p : T(0);
-        factor = t.valid ? factor : T(1);
+        t.p = t.valid ? t.p : C(0);
+        step = t.valid || (kModes && p_.mask_mode == MaskMode::kZero && at.live(i));
+        factor = step ? factor : C(1);
       }
-      if constexpr (kEnds) {
-        t.terminated = t.valid && at.test(raw.terminated, i);
-        t.done = t.terminated || (t.valid && at.test(raw.truncated, i));
+      if constexpr (kEnds != Ends::kNone) {
+        t.terminated = step && at.test(raw.terminated, i);
+        t.done = t.terminated || (step && at.test(raw.truncated, i));
       }
+      if constexpr (kModes) t.done = t.done || (p_.mask_mode == MaskMode::kReset && !t.valid && at.live(i));
       if (i > 0) t.p = gae_adjoint(t.p, q, factor);
-      power *= factor;
+      power = power * factor;
       t.power = power;
-      q = t.done ? T(0) : t.p;
-      power = t.done ? T(0) : power;
+      q = t.done ? C(0) : t.p;
+      power = t.done ? C(0) : power;
     }
     return {power, q};
   }
 
   const Params p_;
-  const GaeFactors<T> f_;
-  const Powers<T> powers_;  // of gamma lam, used if kConstant
+  const GaeFactors<T, C> f_;
+  const Powers<C> powers_;  // of gamma lam, used if kConstant
 };
 
 template <typename T>
@@ -332,7 +385,7 @@ template <typename T>
 struct GaeCall {
   GaeScanParams<T> params;
   ScanPlan plan;
-  bool constant;
+  bool constant, pair;
 };
 
 template <typename T>
@@ -343,9 +396,11 @@ GaeCall<T> prepare(const GaeParams& p) {
   const bool has_next_values = p.next_values.data != nullptr;
   call.params = {add.number(p.rewards), add.number(p.values), add.flag(p.mask), add.flag(p.terminated), add.flag(p.truncated),
                  add.number(p.next_values), add.output(p.advantages), add.output(p.returns),
-                 has_next_values ? Operand{} : p.bootstrap_values, Discount<T>(p.gamma, p.lam, has_next_values),
-                 ends_of(p.terminated.data != nullptr, has_next_values || p.truncated.data != nullptr)};
-  call.plan = add.plan();
+                 has_next_values ? Operand{} : p.bootstrap_values, Discount<T>(p, has_next_values),
+                 ends_of(p.terminated.data != nullptr, has_next_values || p.truncated.data != nullptr, has_mode(p) || p.has_returns_lam),
+                 p.mask_mode};
+  call.pair = p.has_returns_lam;
+  call.plan = add.plan(call.pair);
   call.constant = p.mask.data == nullptr && call.params.ends == Ends::kNone;
   return call;
 }
@@ -354,7 +409,7 @@ template <typename T>
 struct GaeAdjointCall {
   GaeAdjointParams<T> params;
   ScanPlan plan;
-  bool constant;
+  bool constant, pair;
 };
 
 template <typename T>
@@ -368,44 +423,54 @@ GaeAdjointCall<T> prepare(const GaeBackwardParams& p) {
   GaeAdjointCall<T> call;
   call.params = {add.number(p.grad_advantages), add.number(p.grad_returns), add.flag(p.mask), add.flag(p.terminated), add.flag(p.truncated),
                  add.output(p.grad_rewards), add.output(p.grad_values), add.output(p.grad_next_values), p.grad_bootstrap,
-                 Discount<T>(p.gamma, p.lam, p.has_next_values),
-                 ends_of(p.terminated.data != nullptr, p.truncated.data != nullptr)};
-  call.plan = add.plan();
+                 Discount<T>(p, p.has_next_values),
+                 ends_of(p.terminated.data != nullptr, p.truncated.data != nullptr, has_mode(p) || p.has_returns_lam), p.mask_mode};
+  call.pair = p.has_returns_lam;
+  call.plan = add.plan(call.pair);
   call.constant = p.mask.data == nullptr && call.params.ends == Ends::kNone;
   return call;
 }
 
-// Instantiations: for float by access, and for plain access with and without the products; for double, which serves tests of gradients,
-// general access alone.
-template <typename T, template <typename, bool> class Op, typename Call>
+// Instantiations: for float by access, and for plain access with and without the products; for double, which serves tests of gradients, and
+// for pairs general access alone.
+template <typename T, template <typename, bool, typename> class Op, typename Call>
 void launch(const Call& call, void* workspace, cudaStream_t stream) {
+  if (call.pair) {
+    launch_scan<Op<T, false, Pair<T>>, Access::kGeneral>(call.params, call.plan, workspace, stream);
+    return;
+  }
   if constexpr (sizeof(T) == sizeof(float)) {
     if (call.plan.access == Access::kPlain) {
       if (call.constant) {
-        launch_scan<Op<T, true>, Access::kPlain>(call.params, call.plan, workspace, stream);
+        launch_scan<Op<T, true, T>, Access::kPlain>(call.params, call.plan, workspace, stream);
       } else {
-        launch_scan<Op<T, false>, Access::kPlain>(call.params, call.plan, workspace, stream);
+        launch_scan<Op<T, false, T>, Access::kPlain>(call.params, call.plan, workspace, stream);
       }
       return;
     }
     if (call.plan.access == Access::kRegular) {
-      launch_scan<Op<T, false>, Access::kRegular>(call.params, call.plan, workspace, stream);
+      launch_scan<Op<T, false, T>, Access::kRegular>(call.params, call.plan, workspace, stream);
       return;
     }
   }
-  launch_scan<Op<T, false>, Access::kGeneral>(call.params, call.plan, workspace, stream);
+  launch_scan<Op<T, false, T>, Access::kGeneral>(call.params, call.plan, workspace, stream);
+}
+
+template <typename T, typename Call>
+int64_t workspace_of(const Call& call) {
+  return call.pair ? scan_workspace<Pair<T>>(call.plan) : scan_workspace<T>(call.plan);
 }
 
 }  // namespace
 
 template <typename T>
 int64_t gae_workspace(const GaeParams& p) {
-  return scan_workspace<T>(prepare<T>(p).plan);
+  return workspace_of<T>(prepare<T>(p));
 }
 
 template <typename T>
 int64_t gae_backward_workspace(const GaeBackwardParams& p) {
-  return scan_workspace<T>(prepare<T>(p).plan);
+  return workspace_of<T>(prepare<T>(p));
 }
 
 template <typename T>

@@ -34,11 +34,13 @@ __device__ __forceinline__ T load(const void* data, DType dtype, int64_t i) {
   }
 }
 
-__device__ __forceinline__ double load_number(const Number& n) {
+// The number of a sequence; without `seq`, one that is the same for all.
+__device__ __forceinline__ double load_number(const Number& n, int64_t seq = 0) {
   if (n.data == nullptr) return n.value;
-  if (n.dtype == DType::kInt64) return static_cast<double>(*static_cast<const int64_t*>(n.data));
-  if (n.dtype == DType::kInt32) return static_cast<double>(*static_cast<const int32_t*>(n.data));
-  return load<double>(n.data, n.dtype, 0);
+  const int64_t i = seq * n.seq_stride;
+  if (n.dtype == DType::kInt64) return static_cast<double>(static_cast<const int64_t*>(n.data)[i]);
+  if (n.dtype == DType::kInt32) return static_cast<double>(static_cast<const int32_t*>(n.data)[i]);
+  return load<double>(n.data, n.dtype, i);
 }
 
 }  // namespace fused_critic::cuda

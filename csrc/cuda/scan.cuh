@@ -3,11 +3,12 @@
 // is a
 //
 //   struct Op {
-//     using Scalar;                              // accumulation type T
+//     using Scalar;                              // accumulation type
+//     using Carry;                               // T, the type of x: Scalar if absent, or Pair<Scalar> for two recurrences side by side
 //     struct Params;                             // POD: every kernel's argument
 //     static constexpr bool kReverse;            // true: scanned from the last token of a sequence to its first
 //     static constexpr bool kConstantFactor;     // true: every token has a == factor(), and none is skipped
-//     explicit Op(const Params&);
+//     explicit Op(const Params&);                // or Op(const Params&, int64_t seq), where sequences differ in more than their tokens
 //     template <typename At> struct Raw;         // what fetch() loads for the At::kTokens tokens of one thread: At::Numbers and At::Flags
 //     struct Token;                              // what emit() needs of a token
 //     Raw<At> fetch(const At&) const;            // loads only, so that all of a tile are in flight before the first is used
@@ -27,6 +28,7 @@
 #include <type_traits>
 
 #include "../math/affine.h"
+#include "../math/pair.h"
 #include "packed.cuh"
 
 namespace fused_critic::cuda {
@@ -70,9 +72,11 @@ struct ScanGeometry {
   static constexpr int kColumnThreads = kColumnWarps * kWarpSize;
   // At most 128 registers a thread of float: a chunk's tokens stay in registers from compose() to emit().
   static constexpr int column_min_blocks(size_t scalar) { return scalar == sizeof(float) ? 2 : 1; }
-  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large or a token
-  // has a factor of its own. A power of two.
-  static constexpr int column_tokens(Access access, bool constant_factor) { return access == Access::kPlain && constant_factor ? 16 : 8; }
+  // Steps of time per thread, all of whose loads are in flight together: as many as fit, fewer where the access code is large, a token
+  // has a factor of its own, or the carry is a pair. A power of two.
+  static constexpr int column_tokens(Access access, bool constant_factor, bool pair) {
+    return access == Access::kPlain && constant_factor ? 16 : (pair ? 4 : 8);
+  }
 
   static constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 };
@@ -81,6 +85,26 @@ static_assert(ScanGeometry::kSplitMaxRows * ScanGeometry::kSplitMaxChunks <= Sca
 static_assert(ScanGeometry::kRowThreads * ScanGeometry::row_min_blocks(sizeof(float), Access::kPlain) <= 1024 &&
                   ScanGeometry::kColumnThreads * ScanGeometry::column_min_blocks(sizeof(float)) <= 1024,
               "sm_75 holds 1024 threads per SM");
+
+template <typename Op, typename = void>
+struct CarryType {
+  using type = typename Op::Scalar;
+};
+template <typename Op>
+struct CarryType<Op, std::void_t<typename Op::Carry>> {
+  using type = typename Op::Carry;
+};
+template <typename Op>
+using CarryOf = typename CarryType<Op>::type;
+
+template <typename Op>
+__device__ __forceinline__ Op op_of(const typename Op::Params& params, int64_t seq) {
+  if constexpr (std::is_constructible_v<Op, const typename Op::Params&, int64_t>) {
+    return Op(params, seq);
+  } else {
+    return Op(params);
+  }
+}
 
 // --- operands ------------------------------------------------------------------------------------------------------------------
 
@@ -199,6 +223,7 @@ struct RowTokens {
       : origin(row.origin), first(kRegular && !kFull && !inside ? 0 : first),
         alive(!inside ? 0u : (kRegular ? kAllLive : live_elements(first, row.length))) {}
   __device__ __forceinline__ unsigned live() const { return kFull ? kAllLive : alive; }
+  __device__ __forceinline__ bool live(int i) const { return (live() >> i & 1) != 0; }
 
   __device__ __forceinline__ bool vectorised(bool vec) const { return kRegular || (vec && live() == kAllLive); }
 
@@ -435,6 +460,14 @@ __device__ __forceinline__ void scan_step(Affine<double>& m, LaneGroup g) {
   if (g.lane >= kDistance) m = compose(m, before);
 }
 
+template <int kDistance, typename T>
+__device__ __forceinline__ void scan_step(Affine<Pair<T>>& m, LaneGroup g) {
+  Affine<T> first{m.a.first, m.b.first}, second{m.a.second, m.b.second};
+  scan_step<kDistance>(first, g);
+  scan_step<kDistance>(second, g);
+  m = {{first.a, second.a}, {first.b, second.b}};
+}
+
 // The same where every map of the step has the same a.
 template <int kDistance>
 __device__ __forceinline__ void scan_step(float& b, float a, LaneGroup g) {
@@ -469,6 +502,11 @@ __device__ __forceinline__ double from_below(double v, double none, LaneGroup g)
   return g.lane == 0 ? none : below;
 }
 
+template <typename T>
+__device__ __forceinline__ Pair<T> from_below(Pair<T> v, Pair<T> none, LaneGroup g) {
+  return {from_below(v.first, none.first, g), from_below(v.second, none.second, g)};
+}
+
 // The value of the group's last lane.
 __device__ __forceinline__ float from_last(float v, LaneGroup g) {
   float out;
@@ -477,6 +515,11 @@ __device__ __forceinline__ float from_last(float v, LaneGroup g) {
 }
 
 __device__ __forceinline__ double from_last(double v, LaneGroup g) { return __shfl_sync(kFullWarp, v, g.width - 1, g.width); }
+
+template <typename T>
+__device__ __forceinline__ Pair<T> from_last(Pair<T> v, LaneGroup g) {
+  return {from_last(v.first, g), from_last(v.second, g)};
+}
 
 // x *= factor where `bits` holds any of kMask. By PTX for float: a product and a select would be two instructions.
 template <int kMask>
@@ -581,8 +624,8 @@ struct WarpMaps {
 // counts the packs from there to the end of the row, in scan order (0 or less: outside of it).
 template <typename Op, Access kAccess, int K, bool kFull>
 struct WarpTile {
-  using T = typename Op::Scalar;
-  using At = RowTokens<T, kAccess, kFull>;
+  using T = CarryOf<Op>;
+  using At = RowTokens<typename Op::Scalar, kAccess, kFull>;
   At at[K];
   typename Op::Token tokens[K][kVec];
   Affine<T> maps[K];
@@ -610,14 +653,14 @@ struct WarpTile {
 };
 
 template <typename Op>
-using ScanOf = std::conditional_t<Op::kConstantFactor, PowerScan<typename Op::Scalar>, AffineScan<typename Op::Scalar>>;
+using ScanOf = std::conditional_t<Op::kConstantFactor, PowerScan<CarryOf<Op>>, AffineScan<CarryOf<Op>>>;
 
 template <typename Op>
 __device__ __forceinline__ ScanOf<Op> scan_of(const Op& op, LaneGroup group) {
   if constexpr (Op::kConstantFactor) {
     return {op.factor(), group};
   } else {
-    return {typename Op::Scalar(1), group};
+    return {CarryOf<Op>(1), group};
   }
 }
 
@@ -642,10 +685,9 @@ struct LanePosition {
 
 // Scans one tile that x enters; returns the x that leaves it if there are `more`.
 template <typename Op, Access kAccess, int kWarps, int K, bool kFull>
-__device__ __forceinline__ typename Op::Scalar scan_tile(const Op& op, const ScanOf<Op>& scan, const Row& row, int64_t first, int64_t left,
-                                                         int64_t last, bool more, typename Op::Scalar x,
-                                                         WarpMaps<typename Op::Scalar, kWarps>& warps) {
-  using T = typename Op::Scalar;
+__device__ __forceinline__ CarryOf<Op> scan_tile(const Op& op, const ScanOf<Op>& scan, const Row& row, int64_t first, int64_t left,
+                                                 int64_t last, bool more, CarryOf<Op> x, WarpMaps<CarryOf<Op>, kWarps>& warps) {
+  using T = CarryOf<Op>;
   // A warp alone with one sub-tile knows x before it scans: the first lane's map takes it in, and the scan gives values instead of maps.
   constexpr bool kEarly = kWarps == 1 && K == 1;
   const LaneGroup group = scan.group;
@@ -688,7 +730,7 @@ __device__ __forceinline__ typename Op::Scalar scan_tile(const Op& op, const Sca
 // Scans the packs [begin, end) of a row by kWarps warps, entered by x. At least one tile is walked, so an empty sequence is finished too.
 template <typename Op, Access kAccess, int kWarps, int K>
 __device__ __forceinline__ void scan_row(const Op& op, const ScanOf<Op>& scan, const Row& row, int64_t begin, int64_t end,
-                                         typename Op::Scalar x, WarpMaps<typename Op::Scalar, kWarps>& warps) {
+                                         CarryOf<Op> x, WarpMaps<CarryOf<Op>, kWarps>& warps) {
   constexpr int kPacks = kTilePacks<kWarps, K>;
   // Plain rows come here with a warp and one sub-tile only where it holds the whole row.
   constexpr bool kOneTile = kWarps == 1 && K == 1 && kAccess == Access::kPlain;
@@ -713,11 +755,9 @@ __device__ __forceinline__ void scan_row(const Op& op, const ScanOf<Op>& scan, c
 template <typename Op, Access kAccess, int kWarps, int K>
 __global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_min_blocks(sizeof(typename Op::Scalar), kAccess, kWarps))
 scan_rows_kernel(const typename Op::Params params, const RowLayout rows) {
-  using T = typename Op::Scalar;
-  const Op op(params);
+  using T = CarryOf<Op>;
   __shared__ RowShared<T, kWarps> shared;
   const int width_log2 = kWarps == 1 ? rows.width_log2 : kWarpSizeLog2, width = 1 << width_log2;
-  const auto scan = scan_of(op, LaneGroup{static_cast<int>(threadIdx.x & (width - 1)), width});
   const int row_in_block = kWarps == 1 ? threadIdx.x >> width_log2 : 0;
   const int rows_per_block = kWarps == 1 ? ScanGeometry::kRowThreads >> width_log2 : 1;
   const int64_t num_rows = rows.layout.num_seqs, seq = int64_t{blockIdx.x} * rows_per_block + row_in_block;
@@ -725,6 +765,8 @@ scan_rows_kernel(const typename Op::Params params, const RowLayout rows) {
   const bool exists = kWarps > 1 || seq < num_rows;
   Row row = row_at<kAccess>(rows, exists ? seq : num_rows - 1);
   if (!exists) row.last = -1;
+  const Op op = op_of<Op>(params, row.seq);
+  const auto scan = scan_of(op, LaneGroup{static_cast<int>(threadIdx.x & (width - 1)), width});
   WarpMaps<T, kWarps> warps{shared};
   scan_row<Op, kAccess, kWarps, K>(op, scan, row, 0, exists ? row.packs : 0, op.initial(row.seq), warps);
 }
@@ -734,9 +776,8 @@ scan_rows_kernel(const typename Op::Params params, const RowLayout rows) {
 // First launch: the map of every chunk that another follows, to maps[seq * chunks + chunk].
 template <typename Op, Access kAccess, int K>
 __global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_min_blocks(sizeof(typename Op::Scalar), kAccess))
-reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows,
-                     Affine<typename Op::Scalar>* __restrict__ maps) {
-  using T = typename Op::Scalar;
+reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows, Affine<CarryOf<Op>>* __restrict__ maps) {
+  using T = CarryOf<Op>;
   constexpr int kWarps = ScanGeometry::kRowWarps;
   __shared__ RowShared<T, kWarps> shared;
   const int chunks = static_cast<int>(rows.chunks), chunk = blockIdx.x % chunks;
@@ -744,7 +785,7 @@ reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows,
   const int64_t begin = chunk * rows.chunk_packs, end = begin + rows.chunk_packs;
   if (end >= row.packs) return;  // the last chunk has no successor
 
-  const Op op(params);
+  const Op op = op_of<Op>(params, row.seq);
   const LaneGroup group{static_cast<int>(threadIdx.x % kWarpSize), kWarpSize};
   const auto scan = scan_of(op, group);
   WarpMaps<T, kWarps> warps{shared};
@@ -767,9 +808,8 @@ reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows,
 // first launch precedes this one on the same stream.
 template <typename Op, Access kAccess, int K>
 __global__ void __launch_bounds__(ScanGeometry::kRowThreads, ScanGeometry::row_min_blocks(sizeof(typename Op::Scalar), kAccess))
-scan_chunks_kernel(const typename Op::Params params, const RowLayout rows,
-                   const Affine<typename Op::Scalar>* __restrict__ maps) {
-  using T = typename Op::Scalar;
+scan_chunks_kernel(const typename Op::Params params, const RowLayout rows, const Affine<CarryOf<Op>>* __restrict__ maps) {
+  using T = CarryOf<Op>;
   constexpr int kWarps = ScanGeometry::kRowWarps;
   __shared__ RowShared<T, kWarps> shared;
   const int chunks = static_cast<int>(rows.chunks), chunk = blockIdx.x % chunks;
@@ -777,7 +817,7 @@ scan_chunks_kernel(const typename Op::Params params, const RowLayout rows,
   const int64_t begin = chunk * rows.chunk_packs;
   if (chunk > 0 && begin >= row.packs) return;
 
-  const Op op(params);
+  const Op op = op_of<Op>(params, row.seq);
   const LaneGroup group{static_cast<int>(threadIdx.x % kWarpSize), kWarpSize};
   WarpMaps<T, kWarps> warps{shared};
   T x = op.initial(row.seq);
@@ -800,9 +840,11 @@ scan_chunks_kernel(const typename Op::Params params, const RowLayout rows,
 template <typename Op, Access kAccess, int N>
 __global__ void __launch_bounds__(ScanGeometry::kColumnThreads, ScanGeometry::column_min_blocks(sizeof(typename Op::Scalar)))
 scan_columns_kernel(const typename Op::Params params, const Layout layout) {
-  using T = typename Op::Scalar;
-  using At = ColumnTokens<T, kAccess, N>;
-  const Op op(params);
+  using T = CarryOf<Op>;
+  using At = ColumnTokens<typename Op::Scalar, kAccess, N>;
+  const int64_t seq = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
+  const bool exists = seq < layout.num_seqs;
+  const Op op = op_of<Op>(params, exists ? seq : 0);
   __shared__ struct {
     T a[ScanGeometry::kColumnWarps][kWarpSize], b[ScanGeometry::kColumnWarps][kWarpSize];
   } shared[2];
@@ -817,8 +859,6 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
   // Steps that do not exist come where they change nothing: after the last of a reversed scan, before the first of another, while x is 0.
   const int64_t lead = Op::kReverse ? 0 : -layout.seq_len & (N - 1);
   int buffer = 0;
-  const int64_t seq = int64_t{blockIdx.x} * kWarpSize + lane;
-  const bool exists = seq < layout.num_seqs;
   T x = exists ? op.initial(seq) : T(0);
   for (int64_t tile = 0; tile < layout.seq_len; tile += warps * N) {
     const int64_t step = tile + rank * N;
@@ -873,7 +913,8 @@ class ScanTensors {
     return {x.data, in.row_bytes, in.time_bytes, in.vec};
   }
 
-  ScanPlan plan() const {
+  // general: the operator's kernels are there for general access only.
+  ScanPlan plan(bool general = false) const {
     using G = ScanGeometry;
     const int64_t seqs = layout_.num_seqs, tokens = layout_.seq_len;
     const bool packed = layout_.cu_seqlens != nullptr;
@@ -883,12 +924,12 @@ class ScanTensors {
     plan.rows.packs = tokens / kVec;
     if (columns_) {
       plan.shape = ScanShape::kColumns;
-      plan.access = plain_types_ ? Access::kPlain : Access::kGeneral;
+      plan.access = plain_types_ && !general ? Access::kPlain : Access::kGeneral;
       return plan;
     }
     const bool whole_packs = !packed && tokens % kVec == 0 && phase_.phase == 0 && phase_.row_stride == 0;
     plan.access = Access::kGeneral;
-    if (all_vec_ && whole_packs) plan.access = plain_types_ && accumulation_ == DType::kFloat32 ? Access::kPlain : Access::kRegular;
+    if (all_vec_ && whole_packs && !general) plan.access = plain_types_ && accumulation_ == DType::kFloat32 ? Access::kPlain : Access::kRegular;
     const int64_t row_tokens = packed ? (tokens + seqs - 1) / seqs : tokens;  // a segment's length is known on average only
     const int64_t tile_packs = int64_t{G::kRowWarps} * G::sub_tiles(plan.access) * kWarpSize;
     // A row that does not begin on a pack boundary may touch one pack more.
@@ -926,7 +967,7 @@ class ScanTensors {
   bool plain_types_ = true, all_vec_ = true;
 };
 
-// Scratch bytes of a plan.
+// Scratch bytes of a plan; T: the carry's type.
 template <typename T>
 int64_t scan_workspace(const ScanPlan& plan) {
   return plan.shape == ScanShape::kChunkedRows ? plan.rows.layout.num_seqs * plan.rows.chunks * int64_t{sizeof(Affine<T>)} : 0;
@@ -939,7 +980,7 @@ inline unsigned scan_grid(int64_t blocks) { return static_cast<unsigned>(std::mi
 template <typename Op, Access kAccess>
 void launch_scan(const typename Op::Params& params, const ScanPlan& plan, void* workspace, cudaStream_t stream) {
   using G = ScanGeometry;
-  using T = typename Op::Scalar;
+  using T = CarryOf<Op>;
   constexpr int K = G::sub_tiles(kAccess);
   const RowLayout& rows = plan.rows;
   const int64_t seqs = rows.layout.num_seqs, steps = rows.layout.seq_len;
@@ -967,7 +1008,7 @@ void launch_scan(const typename Op::Params& params, const ScanPlan& plan, void* 
       break;
     case ScanShape::kColumns:
       if constexpr (kAccess != Access::kRegular) {  // packs are no matter of columns
-        constexpr int N = G::column_tokens(kAccess, Op::kConstantFactor);
+        constexpr int N = G::column_tokens(kAccess, Op::kConstantFactor, !std::is_same_v<T, typename Op::Scalar>);
         const unsigned warps = static_cast<unsigned>(std::min<int64_t>((steps + N - 1) / N, G::kColumnWarps));
         scan_columns_kernel<Op, kAccess, N>
             <<<scan_grid((seqs + kWarpSize - 1) / kWarpSize), dim3(kWarpSize, warps), 0, stream>>>(params, rows.layout);
