@@ -45,12 +45,15 @@ def test_gae(problem):
     rewards, values, mask, options = build_gae(problem, "cpu")
     names = ("terminated", "truncated", "next_values", "bootstrap_values", "cu_seqlens")
     arguments = (rewards, values, mask, *(options.get(name) for name in names))
-    numbers = {"gamma": float(options["gamma"]), "lam": float(options["lam"]), "time_dim": options["time_dim"]}
-    got, expected = _fallback._gae(*arguments, **numbers), ops.gae(*arguments, **numbers)
+    gamma, lam, returns_lam = (
+        None if options[name] is None else torch.as_tensor(options[name], dtype=torch.float64) for name in ("gamma", "lam", "returns_lam")
+    )
+    common = {"mask_mode": options["mask_mode"], "time_dim": options["time_dim"]}
+    got = _fallback._gae(*arguments, gamma=gamma, lam=lam, returns_lam=returns_lam, **common)
+    expected = ops.gae.tensor(rewards, values, gamma, lam, *arguments[2:], returns_lam, **common)
     for a, b in zip(got, expected):
         assert a.dtype == b.dtype and a.stride() == b.stride()
         cases.assert_close(a, b, cases.tolerance(a.dtype), "outputs")
-    gamma, lam = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("gamma", "lam"))
     backward = (
         expected[0],
         expected[1].cos(),
@@ -60,13 +63,9 @@ def test_gae(problem):
         options.get("cu_seqlens"),
         gamma,
         lam,
+        returns_lam,
     )
-    common = {
-        "has_next_values": options.get("next_values") is not None,
-        "wanted": [True] * 4,
-        "mask_mode": "skip",
-        "time_dim": options["time_dim"],
-    }
+    common |= {"has_next_values": options.get("next_values") is not None, "wanted": [True] * 4}
     for a, b in zip(_fallback._gae_backward(*backward, **common), ops.gae_backward(*backward, **common)):
         assert a.dtype == b.dtype
         cases.assert_close(a, b, cases.tolerance(a.dtype), "gradients")

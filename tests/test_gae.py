@@ -20,15 +20,22 @@ from fused_critic.check.gae import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+REFERENCE_VECTORS = {  # docs/design.md
+    "skip": [0.4300, 0.4862, 0, 0, 0.3280, 0.4000, 0],
+    "zero": [0.1921, 0.1557, 0, 0, 0.3280, 0.4000, 0],
+    "reset": [-0.0640, -0.2000, 0, 0, 0.3280, 0.4000, 0],
+    "ignore": [0.2927, 0.2954, 0.3131, 0.3515, 0.4187, 0.5260, -0.7000],
+}
 
-def test_reference_vector(device):
-    """docs/design.md, skip mode."""
+
+@pytest.mark.parametrize("mask_mode", REFERENCE_VECTORS)
+def test_reference_vector(device, mask_mode):
     values = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], device=device)
     rewards, mask = torch.zeros(7, device=device), torch.tensor([1, 1, 0, 0, 1, 1, 0], device=device)
     rewards[5] = 1
     for function in (fused_critic.gae, reference.gae):
-        got = function(rewards, values, mask, gamma=0.9, lam=0.8)
-        cases.assert_close(got.advantages, torch.tensor([0.4300, 0.4862, 0, 0, 0.3280, 0.4000, 0]), 5e-5)
+        got = function(rewards, values, mask, gamma=0.9, lam=0.8, mask_mode=mask_mode)
+        cases.assert_close(got.advantages, torch.tensor(REFERENCE_VECTORS[mask_mode]), 5e-5)
 
 
 problems = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FACTORS.items()})
@@ -42,6 +49,22 @@ def test_matches_reference(device, problem):
 @given(problem=problems)
 def test_gradients_match_reference(device, problem):
     compare_problem({**problem, "dtypes": [torch.float64] * 3}, device, compare_gradients)
+    compare_problem(problem, device, compare_gradients)
+
+
+@pytest.mark.parametrize("mask_mode", FACTORS["mask_mode"])
+@given(problem=problems)
+def test_mask_modes(device, mask_mode, problem):
+    problem = {**problem, "mask_mode": mask_mode, "mask": problem["mask"] or torch.bool}
+    compare_problem(problem, device)
+    compare_problem(problem, device, compare_gradients)
+
+
+@pytest.mark.parametrize("numbers", FACTORS["numbers"])
+@given(problem=problems)
+def test_a_lambda_for_the_returns(device, numbers, problem):
+    problem = {**problem, "numbers": numbers, "returns_lam": problem["returns_lam"] or 0.8}
+    compare_problem(problem, device)
     compare_problem(problem, device, compare_gradients)
 
 
@@ -68,8 +91,38 @@ ACCESS = {
 @pytest.mark.parametrize("content", ["plain", "masked", "terminated", "everything"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_outputs_and_gradients_at_every_size(device, shape, access, content, time_dim):
+    compare_with_wide(device, shape, access, content, time_dim)
+
+
+def per_sequence(first, last):
+    """One number per sequence; as many as the call has."""
+    return lambda num_seqs: torch.linspace(first, last, num_seqs)
+
+
+OPTIONS = {
+    "zero": {"mask_mode": "zero"},
+    "reset": {"mask_mode": "reset"},
+    "numbers per sequence": {"gamma": per_sequence(0.9, 1.0), "lam": per_sequence(0.7, 0.99)},
+    "returns_lam": {"returns_lam": 0.7},
+    "all": {"mask_mode": "zero", "gamma": per_sequence(0.9, 1.0), "lam": per_sequence(0.7, 0.99), "returns_lam": per_sequence(0.99, 0.3)},
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 132), (2, 512), (3, 1030), (2, 3001), (1, 5000)], ids=str)
+@pytest.mark.parametrize("access", ACCESS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("content", ["plain", "masked", "everything"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_options_at_every_size(device, shape, access, content, time_dim, options):
+    if content == "plain" and "mask_mode" in options:
+        pytest.skip("without a mask its mode has no meaning")
+    compare_with_wide(device, shape, access, content, time_dim, **options)
+
+
+def compare_with_wide(device, shape, access, content, time_dim, **options):
     if time_dim == 0:
         shape = (shape[1] // shape[0], 8 * shape[0])
+    options = {name: x(shape[1 + time_dim]) if callable(x) else x for name, x in options.items()}
     value_dtype, dtype, mask_dtype = ACCESS[access]
     generator = torch.Generator().manual_seed(10)
     values = torch.randn(shape, generator=generator).to(value_dtype)
@@ -85,8 +138,8 @@ def test_outputs_and_gradients_at_every_size(device, shape, access, content, tim
 
     def run(where, wide):
         leaves = {name: x.to(where, wide or x.dtype).requires_grad_() for name, x in inputs.items()}
-        others = {name: x.to(where) for name, x in flags.items()}
-        out = fused_critic.gae(**leaves, **others, gamma=0.99, lam=0.95, time_dim=time_dim)
+        others = {name: x.to(where) if isinstance(x, torch.Tensor) else x for name, x in {**flags, **options}.items()}
+        out = fused_critic.gae(**leaves, **{"gamma": 0.99, "lam": 0.95, **others}, time_dim=time_dim)
         total = sum((x * w.to(where, x.dtype)).sum() for x, w in zip(out, weights))
         return *out, *torch.autograd.grad(total, list(leaves.values()))
 
@@ -135,7 +188,8 @@ def test_gradients_of_empty(device):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_masked_contents_have_no_influence(device, layout, poison):
+@pytest.mark.parametrize("options", [{}, {"mask_mode": "zero"}, {"mask_mode": "reset"}, {"mask_mode": "zero", "returns_lam": 0.5}], ids=str)
+def test_masked_contents_have_no_influence(device, layout, poison, options):
     generator = torch.Generator().manual_seed(2)
     arranged = cases.layout(layout, 5, 75, generator, device)
     rewards, values, next_values = (torch.randn(arranged.shape, generator=generator).to(device) for _ in range(3))
@@ -145,7 +199,7 @@ def test_masked_contents_have_no_influence(device, layout, poison):
     def run(tensors, ends, cuts):
         reward, value, following = (x.clone().requires_grad_() for x in tensors)
         out = fused_critic.gae(
-            reward, value, mask, next_values=following, terminated=ends, truncated=cuts, gamma=0.99, lam=0.95, **arranged.options
+            reward, value, mask, next_values=following, terminated=ends, truncated=cuts, gamma=0.99, lam=0.95, **options, **arranged.options
         )
         (out.advantages.sum() + out.returns.square().sum()).backward()
         return *out, reward.grad, value.grad, following.grad
@@ -153,7 +207,7 @@ def test_masked_contents_have_no_influence(device, layout, poison):
     clean = run((rewards, values, next_values), terminated, truncated)
     dirty = run(
         [torch.where(mask, x, poison) for x in (rewards, values, next_values)],
-        *(torch.where(mask, x, 1.0) for x in (terminated, truncated)),
+        *(x if options.get("mask_mode") == "zero" else torch.where(mask, x, 1.0) for x in (terminated, truncated)),
     )
     for a, b in zip(clean, dirty):
         cases.assert_same_bits(a, b)
@@ -184,11 +238,12 @@ def test_half_precision_gradients_come_in_the_inputs_dtype(device):
     assert rewards.grad.dtype == torch.bfloat16 and values.grad.dtype == torch.float16
 
 
-def test_same_bits_on_every_run(device):
+@pytest.mark.parametrize("options", [{}, {"mask_mode": "zero", "returns_lam": 0.5}], ids=str)
+def test_same_bits_on_every_run(device, options):
     generator = torch.Generator().manual_seed(3)
     rewards, values = (torch.randn(3, 9000, generator=generator).to(device) for _ in range(2))
     mask = cases.mask((3, 9000), torch.bool, generator).to(device)
-    first, second = (fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95) for _ in range(2))
+    first, second = (fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, **options) for _ in range(2))
     for a, b in zip(first, second):
         cases.assert_same_bits(a, b)
 
@@ -196,7 +251,8 @@ def test_same_bits_on_every_run(device):
 @pytest.mark.parametrize("shape", [(1, 50_000), (2, 20_000), (37, 300)])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked):
+@pytest.mark.parametrize("options", [{}, {"mask_mode": "zero"}, {"mask_mode": "reset"}, {"returns_lam": 0.5}], ids=str)
+def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked, options):
     generator = torch.Generator().manual_seed(4)
     shape = shape if time_dim == -1 else shape[::-1]
     rewards, values = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -204,7 +260,7 @@ def test_same_bits_for_every_number_of_threads(threads, shape, time_dim, masked)
     results = []
     for n in (1, 2, 3, 7):
         threads(n)
-        results.append(fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim))
+        results.append(fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim, **options))
     for other in results[1:]:
         cases.assert_same_bits(other.advantages, results[0].advantages)
         cases.assert_same_bits(other.returns, results[0].returns)
@@ -290,6 +346,93 @@ def test_masked_positions_are_as_if_left_out(device, pattern):
     compact = fused_critic.gae(rewards[mask], values[mask], terminated=ends[mask], gamma=0.99, lam=0.95)
     for a, b in zip(got, compact):
         cases.assert_close(a[mask], b, cases.FLOAT32_TOLERANCE)
+
+
+def random_rows(device, shape=(4, 700), seed=18):
+    """rewards, values, mask, flags that end an episode."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    mask = cases.mask(shape, torch.bool, generator).to(device)
+    return rewards, values, mask, (torch.rand(shape, generator=generator) < 0.05).to(device)
+
+
+def assert_like(got, expected, where=slice(None)):
+    for a, b in zip(got, expected):
+        cases.assert_close(a[where], b[where], cases.FLOAT32_TOLERANCE)
+
+
+def test_zero_is_the_plain_recursion_over_masked_inputs(device):
+    rewards, values, mask, ends = random_rows(device)
+    got = fused_critic.gae(rewards, values, mask, mask_mode="zero", terminated=ends, gamma=0.99, lam=0.95)
+    plain = fused_critic.gae(rewards * mask, values * mask, terminated=ends, gamma=0.99, lam=0.95)
+    assert_like(got, plain, mask)
+
+
+@pytest.mark.parametrize("with_next_values", [False, True])
+def test_reset_makes_every_run_a_sequence(device, with_next_values):
+    rewards, values, mask, ends = (x.reshape(-1) for x in random_rows(device))
+    options = {"terminated": ends, "gamma": 0.99, "lam": 0.95}
+    options |= {"next_values": values.roll(5)} if with_next_values else {}
+    got = fused_critic.gae(rewards, values, mask, mask_mode="reset", **options)
+    bounds = (mask[1:] != mask[:-1]).nonzero()[:, 0] + 1
+    cu_seqlens = torch.cat([bounds.new_zeros(1), bounds, bounds.new_full((1,), len(mask))])
+    assert_like(got, fused_critic.gae(rewards, values, cu_seqlens=cu_seqlens, **options), mask)
+
+
+def test_a_bootstrap_behind_a_mask(device):
+    """It passes what is skipped, is the next value of what counts as zero, and does not pass a reset."""
+    zeros, mask = torch.zeros(4, device=device), torch.tensor([1, 1, 0, 0], device=device)
+    bootstrap = torch.tensor(1.0, device=device, requires_grad=True)
+    expected = {
+        "skip": [0.405, 0.9, 0, 0],
+        "zero": [0.9 * 0.45**3, 0.9 * 0.45**2, 0, 0],
+        "reset": [0] * 4,
+        "ignore": [0.9 * 0.45**i for i in (3, 2, 1, 0)],
+    }
+    for mode, advantages in expected.items():
+        got = fused_critic.gae(zeros, zeros, mask, mask_mode=mode, bootstrap_values=bootstrap, gamma=0.9, lam=0.5)
+        cases.assert_close(got.advantages, torch.tensor(advantages), 1e-6, mode)
+        (grad,) = torch.autograd.grad(got.advantages[0], bootstrap)
+        cases.assert_close(grad, torch.tensor(advantages[0]), 1e-6, mode)
+
+
+def test_ignored_masks_select_for_whitening_alone(device):
+    rewards, values, mask, ends = random_rows(device)
+    options = {"terminated": ends, "gamma": 0.99, "lam": 0.95}
+    plain = fused_critic.gae(rewards, values, **options)
+    ignored = fused_critic.gae(rewards, values, mask, mask_mode="ignore", **options)
+    white = fused_critic.gae(rewards, values, mask, mask_mode="ignore", whiten=True, **options)
+    for a, b in zip(ignored, plain):
+        cases.assert_same_bits(a, b)
+    cases.assert_same_bits(white.advantages, fused_critic.masked_whiten(plain.advantages, mask))
+
+
+@pytest.mark.parametrize("mask_mode", FACTORS["mask_mode"])
+def test_returns_are_those_of_their_lambda(device, mask_mode):
+    rewards, values, mask, ends = random_rows(device)
+    options = {"terminated": ends, "mask_mode": mask_mode, "gamma": 0.99}
+    both = fused_critic.gae(rewards, values, mask, lam=0.95, returns_lam=0.5, **options)
+    first, second = (fused_critic.gae(rewards, values, mask, lam=lam, **options) for lam in (0.95, 0.5))
+    assert_like(both, (first.advantages, second.returns))
+    for a, b in zip(fused_critic.gae(rewards, values, mask, lam=0.95, returns_lam=0.95, **options), first):
+        cases.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("time_dim", [-1, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_numbers_per_sequence_are_those_of_each_alone(device, time_dim, dtype, masked):
+    rewards, values, mask, _ = random_rows(device)
+    gamma, lam, returns_lam = (torch.tensor(x, device=device).to(dtype) for x in ([1, 0.9, 0, 0.5], [0.9, 1, 1, 0], [1, 0, 0.8, 0.9]))
+    numbers = {"gamma": gamma, "lam": lam.repeat_interleave(2)[::2], "returns_lam": returns_lam}
+    lay_out = (lambda x: x) if time_dim else (lambda x: x.t().contiguous())
+    together = fused_critic.gae(
+        lay_out(rewards), lay_out(values), lay_out(mask) if masked else None, time_dim=time_dim, mask_mode="zero", **numbers
+    )
+    for row in range(len(rewards)):
+        own = {name: x[row].item() for name, x in numbers.items()}
+        alone = fused_critic.gae(rewards[row], values[row], mask[row] if masked else None, mask_mode="zero", **own)
+        assert_like([lay_out(x)[row] if time_dim else x[:, row] for x in together], alone)
 
 
 @pytest.mark.parametrize("length", [100, 3000, 9001])

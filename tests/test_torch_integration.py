@@ -63,6 +63,18 @@ def test_opcheck_gae(device, grad):
     wanted = {"has_next_values": False, "wanted": [True, True, False, True], "mask_mode": "skip", "time_dim": -1}
     arguments = (rewards.detach(), None, mask, done, None, None, number(0.9, device), number(0.8, device))
     torch.library.opcheck(ops.gae_backward.default, arguments, wanted)
+    torch.library.opcheck(ops.gae_backward.default, (*arguments, number(0.7, device)), {**wanted, "mask_mode": "reset"})
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("mask_mode", ["zero", "reset", "ignore"])
+def test_opcheck_gae_options(device, grad, mask_mode):
+    values, _, rewards, mask = inputs(device)
+    rewards, values = rewards.requires_grad_(grad), values.requires_grad_(grad)
+    torch.library.opcheck(ops.gae.default, (rewards, values, mask), {"gamma": 0.9, "lam": 0.8, "mask_mode": mask_mode, "returns_lam": 0.7})
+    lam = torch.linspace(0.5, 1, len(values), device=device)
+    arguments = (rewards, values, number(0.9, device), lam, mask, None, None, None, None, None, lam.flip(0))
+    torch.library.opcheck(ops.gae.tensor, arguments, {"mask_mode": mask_mode})
 
 
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
@@ -74,14 +86,16 @@ def test_gradcheck_value_loss(device, reduction, clip_range):
 
 
 @pytest.mark.parametrize("follow", ["nothing", "bootstrap_values", "next_values"])
-def test_gradcheck_gae(device, follow):
+@pytest.mark.parametrize("mask_mode", ["skip", "zero", "reset", "ignore"])
+@pytest.mark.parametrize("returns_lam", [None, 0.3])
+def test_gradcheck_gae(device, follow, mask_mode, returns_lam):
     values, other, rewards, mask = inputs(device, SMALL, dtype=torch.float64)
     extra = {"nothing": [], "bootstrap_values": [other[:, 0].clone()], "next_values": [other]}[follow]
     leaves = [x.requires_grad_() for x in (rewards, values, *extra)]
-    terminated = mask.roll(1, 1)
+    options = {"terminated": mask.roll(1, 1), "gamma": number([0.9, 0.95], device), "lam": 0.8, "returns_lam": returns_lam}
 
     def function(rewards, values, *extra):
-        return tuple(fused_critic.gae(rewards, values, mask, terminated=terminated, gamma=0.9, lam=0.8, **{follow: x for x in extra}))
+        return tuple(fused_critic.gae(rewards, values, mask, mask_mode=mask_mode, **options, **{follow: x for x in extra}))
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -154,6 +168,30 @@ def test_compile_with_tensor_numbers_never_recompiles(device):
         compare_results(run_step(compiled, tensors, tensor_numbers), run_step(critic_step, tensors, numbers), tolerance=1e-6)
         compilations = compilations or counter.frame_count
     assert counter.frame_count == compilations
+
+
+@pytest.mark.parametrize("mask_mode", ["skip", "zero", "reset", "ignore"])
+def test_compiled_gae_options(device, mask_mode):
+    """As without compiling, whatever the numbers are, and nothing is compiled again for other ones."""
+    torch._dynamo.reset()
+    values, _, rewards, mask = inputs(device)
+
+    def step(values, lam, returns_lam):
+        advantages, returns = fused_critic.gae(rewards, values, mask, mask_mode=mask_mode, gamma=0.9, lam=lam, returns_lam=returns_lam)
+        return advantages.sum() + returns.square().sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    frames = []
+    for first in (0.1, 0.2, 0.3):
+        lam = torch.linspace(first, 1, len(values), device=device)
+        gradients = []
+        for function in (compiled, step):
+            leaf = values.clone().requires_grad_()
+            gradients += torch.autograd.grad(function(leaf, lam, first), leaf)
+        cases.assert_close(*gradients, 1e-6)
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[2]  # the second number makes it a symbol
 
 
 COMPILE_SECONDS = 3  # a Python loop over time is unrolled: 40 s at T = 256
@@ -236,6 +274,9 @@ def test_func_vmap(device):
         warnings.simplefilter("error")  # torch's own fallback would warn
         for function in (loss, torch.func.grad(loss), advantages):
             cases.assert_same_bits(torch.func.vmap(function)(ensemble), torch.stack([function(v) for v in ensemble]))
+        several = lambda lam: fused_critic.gae(returns, old, mask, gamma=0.9, lam=0.8, returns_lam=lam).returns  # noqa: E731
+        lams = torch.linspace(0.5, 1, 12, device=device).view(3, 4)
+        cases.assert_same_bits(torch.func.vmap(several)(lams), torch.stack([several(lam) for lam in lams]))
         cases.assert_same_bits(torch.func.vmap(loss, in_dims=2)(ensemble.movedim(0, 2)), torch.stack([loss(v) for v in ensemble]))
 
 

@@ -25,7 +25,9 @@ FACTORS = {
     "follow": ["nothing", "bootstrap", "next_values", "truncated"],  # the last: with next values
     "gamma": [0.0, 0.97, 1.0],
     "lam": [0.0, 0.9, 1.0],
-    "tensors": [False, True],  # gamma and lam as 0-d tensors
+    "returns_lam": [None, 0.0, 0.7, 1.0],
+    "numbers": ["numbers", "0-d tensors", "one per sequence"],  # gamma and the lambdas
+    "mask_mode": ["skip", "zero", "reset", "ignore"],
     "seed": range(2**20),
 }
 
@@ -60,7 +62,7 @@ def compare(rewards, values, mask=None, **options):
     for name in ("advantages", "returns"):
         assert getattr(got, name).dtype == dtype
         used = max(used, cases.assert_close(getattr(got, name), getattr(expected, name), cases.tolerance(dtype), name))
-        if mask is not None:
+        if mask is not None and options.get("mask_mode") != "ignore":
             assert bool((getattr(got, name)[mask == 0] == 0).all()), f"{name} at a masked position"
     return used
 
@@ -105,10 +107,14 @@ def build(problem, device):
 
     rewards, values = random_(0), random_(1)
     mask = cases.mask(layout.shape, problem["mask"], generator, problem["density"])
-    options = dict(layout.options)
-    for name in ("gamma", "lam"):
+    options = {**layout.options, "mask_mode": problem["mask_mode"]}
+    for name in ("gamma", "lam", "returns_lam"):
         number = problem[name]
-        options[name] = torch.tensor(number, dtype=torch.float64, device=device) if problem["tensors"] else number
+        if number is not None and problem["numbers"] == "0-d tensors":
+            number = torch.tensor(number, dtype=torch.float64, device=device)
+        if number is not None and problem["numbers"] == "one per sequence":
+            number = (number * torch.rand(layout.num_seqs, generator=generator)).to(device, problem["dtypes"][0])
+        options[name] = number
     if problem["flags"] is not None:
         options["terminated"] = flags(problem["flags"])
     if problem["follow"] in ("next_values", "truncated"):
@@ -138,6 +144,10 @@ def problems():
         yield problem(dtypes=dtypes)
     for mask, stride in itertools.product(cases.MASKS, cases.STRIDES):
         yield problem(mask=mask, strides=(stride,) * 4)
+    for kind, mode, follow in itertools.product(cases.LAYOUTS, FACTORS["mask_mode"], FACTORS["follow"]):
+        yield problem(kind=kind, mask_mode=mode, follow=follow, mask=torch.bool, density=0.6)
+    for kind, numbers, returns_lam in itertools.product(cases.LAYOUTS, FACTORS["numbers"], FACTORS["returns_lam"]):
+        yield problem(kind=kind, numbers=numbers, returns_lam=returns_lam)
 
 
 def compare_shape(shape, masked, time_dim, device, function=compare):
@@ -149,21 +159,22 @@ def compare_shape(shape, masked, time_dim, device, function=compare):
 
 
 def compare_one_long_segment(device, function=compare):
-    """Packed, with empty segments, a short one and a long one."""
+    """Packed, with empty segments, a short one and a long one; every segment with a lambda of its own."""
     generator = torch.Generator().manual_seed(1)
     cu_seqlens = torch.tensor([0, 0, 3, 9003, 9003, 9100], device=device)
     rewards, values = (torch.randn(9100, generator=generator).to(device) for _ in range(2))
     bootstrap = torch.randn(5, generator=generator).to(device)
-    return function(rewards, values, cu_seqlens=cu_seqlens, bootstrap_values=bootstrap, gamma=0.99, lam=0.95)
+    lam = torch.tensor([0.0, 0.5, 0.95, 1.0, 0.9], device=device)
+    return function(rewards, values, cu_seqlens=cu_seqlens, bootstrap_values=bootstrap, gamma=0.99, lam=lam)
 
 
-def compare_padding(time_dim, device, function=compare):
+def compare_padding(time_dim, device, function=compare, **options):
     """Sequences that end in masked positions with NaN; one wholly so."""
     generator = torch.Generator().manual_seed(9)
     mask = torch.arange(1500) < torch.tensor([1500, 0, 512, 513, 5])[:, None]
     tensors = [torch.where(mask, torch.randn(5, 1500, generator=generator), math.nan) for _ in range(2)]
     rewards, values, mask = ((x if time_dim == -1 else x.t().contiguous()).to(device) for x in (*tensors, mask))
-    return function(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+    return function(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim, **options)
 
 
 def compare_empty(shape, device):

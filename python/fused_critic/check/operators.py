@@ -73,7 +73,13 @@ def _(context: Context):
     yield "stride 0", partial(value_loss.compare_expanded, context.device)
 
 
-@check(CORRECTNESS, "gae", "advantages and returns: layouts, flags, next and bootstrap values, dtypes, strides, masks", sampled=True)
+@check(
+    CORRECTNESS,
+    "gae",
+    "advantages and returns: layouts, flags, next and bootstrap values, dtypes, strides, masks and their modes, a lambda for the returns, "
+    "numbers per sequence",
+    sampled=True,
+)
 def _(context: Context):
     for problem in gae.problems():
         yield describe(problem), partial(gae.compare_problem, problem, context.device)
@@ -107,6 +113,9 @@ def _(context: Context):
     for what, function in {"": gae.compare, ", gradient": gae.compare_gradients}.items():
         for layout, time_dim in TIME_DIMS.items():
             yield f"NaN in padding, {layout}{what}", partial(gae.compare_padding, time_dim, context.device, function)
+            for mode in ("zero", "reset"):
+                options = {"mask_mode": mode, "returns_lam": 0.9}
+                yield f"NaN in padding, {mode}, {layout}{what}", partial(gae.compare_padding, time_dim, context.device, function, **options)
         yield f"all masked{what}", partial(gae.compare_all_masked, context.device, function)
         yield f"packed, one long segment{what}", partial(gae.compare_one_long_segment, context.device, function)
     for shape in EMPTY_SHAPES:
@@ -157,13 +166,13 @@ def _loss_results(shape, reduction, time_dim, stride, device):
     return {"loss": loss, "gradient": grad, "statistics": stats.moments}
 
 
-def _gae_results(shape, time_dim, stride, device, whiten=False):
+def _gae_results(shape, time_dim, stride, device, **options):
     generator = torch.Generator().manual_seed(3)
     shape = shape if time_dim == -1 else shape[::-1]
     rewards, values, *weights = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
     mask = cases.restride(cases.mask(shape, torch.bool, generator).to(device), stride)
     rewards, values = (cases.restride(x, stride).requires_grad_() for x in (rewards, values))
-    out = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim, whiten=whiten)
+    out = fused_critic.gae(rewards, values, mask, gamma=0.99, lam=0.95, time_dim=time_dim, **options)
     grads = torch.autograd.grad(tuple(out), (rewards, values), weights)
     names = ("advantages", "returns", "gradient of rewards", "gradient of values")
     return dict(zip(names, (*(x.detach() for x in out), *grads)))
@@ -177,6 +186,12 @@ def _calls(context: Context):
     for shape, (layout, time_dim) in itertools.product(gae_shapes, TIME_DIMS.items()):
         yield f"GAE of {shape}, {layout}", partial(_gae_results, shape, time_dim, device=device)
     yield "GAE, whitened", partial(_gae_results, whitened, -1, device=device, whiten=True)
+    for mode, (layout, time_dim) in itertools.product(("zero", "reset"), TIME_DIMS.items()):
+        options = {"mask_mode": mode, "returns_lam": 0.9}
+        yield (
+            f"GAE of {gae_shapes[-1]}, {mode}, returns_lam, {layout}",
+            partial(_gae_results, gae_shapes[-1], time_dim, device=device, **options),
+        )
 
 
 def _same(results, others, what):
