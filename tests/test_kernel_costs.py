@@ -60,6 +60,7 @@ class Case:
     mask_dtype: torch.dtype = torch.bool
     values_dtype: torch.dtype = torch.float32
     layout: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
     bytes_moved: float | None = 1.02  # times the compulsory bytes, at most; None: rows split over blocks are read twice
     load_efficiency: float = 0.95  # used share of the sectors' bytes, at least
     store_efficiency: float = 0.95
@@ -112,6 +113,11 @@ CASES = [
     Case("gae-time-major", "gae", (SCAN_COLUMNS,), 640, shape=COLUMNS, layout={"time_dim": 0}),
     Case("gae-packed", "gae", (SCAN_ROWS,), 2400, shape=(256 * 1000,), layout=packed(256 * 1000, 1000)),
     Case("gae-split-rows", "gae", SPLIT, 1640, shape=(16, 16384), bytes_moved=None),
+    Case("gae-zero-mode", "gae", (SCAN_ROWS,), 2180, mask=random_70_percent, options={"mask_mode": "zero"}),
+    Case("gae-reset-mode", "gae", (SCAN_ROWS,), 2180, mask=random_70_percent, options={"mask_mode": "reset"}),
+    Case("gae-lam-per-row", "gae", (SCAN_ROWS,), 1400, mask=random_70_percent, options={"lam": torch.linspace(0.9, 1, ROWS[0])}),
+    Case("gae-returns-lam", "gae", (SCAN_ROWS,), 3680, mask=random_70_percent, options={"returns_lam": 1.0}),
+    Case("gae-returns-lam-time-major", "gae", (SCAN_COLUMNS,), 3780, shape=COLUMNS, layout={"time_dim": 0}, options={"returns_lam": 1.0}),
     Case("gae-1M", "gae", (SCAN_ROWS,), shape=MILLION),
     Case("gae-1M-random-mask", "gae", (SCAN_ROWS,), shape=MILLION, mask=random_70_percent),
     Case("gae-1M-time-major", "gae", (SCAN_COLUMNS,), shape=MILLION, layout={"time_dim": 0}),
@@ -147,10 +153,13 @@ def run(case, simulator):
     x, values, old_values = (torch.randn(case.shape, generator=generator).cuda() for _ in range(3))
     values = values.to(case.values_dtype)
     mask = None if case.mask is None else case.mask(case.shape).to(case.mask_dtype).cuda()
-    layout = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.layout.items()}
+    layout, options = (
+        {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+        for given in (case.layout, case.options)
+    )
     start = len(simulator.launches())
     if case.operator == "gae":
-        fused_critic.gae(x, values, mask, **FACTORS, **layout)
+        fused_critic.gae(x, values, mask, **{**FACTORS, **options}, **layout)
     else:
         values.requires_grad_(case.operator == "value_loss_backward")
         loss = fused_critic.value_loss(values, old_values, x, mask, **layout).loss

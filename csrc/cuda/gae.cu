@@ -173,6 +173,8 @@ class GaeScan {
       tokens[i].value = value[i];
       tokens[i].valid = kConstant || at.test(raw.valid, i);
     }
+    // Combined by & and |: the modes are the same for all threads, but a branch for each token would cost more than the products.
+    const bool zero = kModes && p_.mask_mode == MaskMode::kZero, reset = kModes && p_.mask_mode == MaskMode::kReset;
     // The next value is that of the next valid token, if next_values do not say otherwise.
     const bool follows = kEnds < Ends::kAll || !p_.discount.has_next_values;
     const T first = first_value(tokens);
@@ -183,20 +185,20 @@ class GaeScan {
       const int i = in_scan_order<kReverse, N>(j);
       Token& t = tokens[i];
       T r = reward[i], v = t.value;
-      bool step = t.valid;
+      bool step = t.valid, cut = false;
       if constexpr (kModes) {
         r = t.valid ? r : T(0);
         v = t.valid ? v : T(0);
-        step = t.valid || (p_.mask_mode == MaskMode::kZero && at.live(i));
+        step = t.valid | (zero & at.live(i));
+        cut = reset & !t.valid & at.live(i);
       }
       if constexpr (kEnds != Ends::kNone) {
         const bool terminated = step && at.test(raw.terminated, i);
-        bool done = terminated;
+        bool done = terminated || cut;
         if constexpr (kEnds >= Ends::kAll) {
           done = done || (step && at.test(raw.truncated, i));
           r += terminated || follows || (kModes && !t.valid) ? T(0) : f_.gamma * next_value[i];
         }
-        if constexpr (kModes) done = done || (p_.mask_mode == MaskMode::kReset && !t.valid && at.live(i));
         gamma_next = done ? T(0) : gamma_next;
         a = done ? C(0) : a;
         power = done ? C(0) : power;
@@ -344,6 +346,7 @@ class GaeAdjointScan {
     T grad_advantage[N] = {}, grad_return[N] = {};
     if (p_.grad_advantages) at.numbers(p_.grad_advantages, raw.grad_advantage, grad_advantage);
     if (p_.grad_returns) at.numbers(p_.grad_returns, raw.grad_return, grad_return);
+    const bool zero = kModes && p_.mask_mode == MaskMode::kZero, reset = kModes && p_.mask_mode == MaskMode::kReset;
     C q = C(0), power = C(1);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -354,14 +357,14 @@ class GaeAdjointScan {
       if constexpr (!kConstant) {
         t.valid = at.test(raw.valid, i);
         t.p = t.valid ? t.p : C(0);
-        step = t.valid || (kModes && p_.mask_mode == MaskMode::kZero && at.live(i));
+        step = kModes ? t.valid | (zero & at.live(i)) : t.valid;
         factor = step ? factor : C(1);
       }
       if constexpr (kEnds != Ends::kNone) {
         t.terminated = step && at.test(raw.terminated, i);
         t.done = t.terminated || (step && at.test(raw.truncated, i));
       }
-      if constexpr (kModes) t.done = t.done || (p_.mask_mode == MaskMode::kReset && !t.valid && at.live(i));
+      if constexpr (kModes) t.done = t.done | (reset & !t.valid & at.live(i));
       if (i > 0) t.p = gae_adjoint(t.p, q, factor);
       power = power * factor;
       t.power = power;
