@@ -12,19 +12,24 @@ TORCH_LIBRARY(fused_critic, m) {
   // residuals: what backward needs besides the inputs (csrc/value_loss.h, enum Residual). Differentiable in values.
   m.def(
       "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask=None, Tensor? cu_seqlens=None, *, "
-      "float clip_low=-0.2, float clip_high=0.2, bool clip=True, str reduction=\"token-mean\", float? batch_num_tokens=None, "
-      "float? global_batch_size=None, float dp_size=1.0, float? loss_scale_factor=None, int time_dim=-1) "
-      "-> (Tensor loss, Tensor stats, Tensor residuals)",
-      tags);
-  m.def(
-      "value_loss.tensor(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? clip_low=None, "
-      "Tensor? clip_high=None, Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, bool clip=True, str reduction=\"token-mean\", "
+      "float clip_low=-0.2, float clip_high=0.2, bool clip=True, str criterion=\"mse\", float delta=1.0, bool clip_only=False, "
+      "float? loss_clamp=None, str reduction=\"token-mean\", float? batch_num_tokens=None, float? global_batch_size=None, "
       "float dp_size=1.0, float? loss_scale_factor=None, int time_dim=-1) "
       "-> (Tensor loss, Tensor stats, Tensor residuals)",
       tags);
+  // clip_low, clip_high: 0-d, or of the shape of values.
+  m.def(
+      "value_loss.tensor(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? clip_low=None, "
+      "Tensor? clip_high=None, Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? loss_clamp=None, *, bool clip=True, "
+      "str criterion=\"mse\", float delta=1.0, bool clip_only=False, str reduction=\"token-mean\", float dp_size=1.0, "
+      "float? loss_scale_factor=None, int time_dim=-1) "
+      "-> (Tensor loss, Tensor stats, Tensor residuals)",
+      tags);
+  // clip_low, clip_high: where they are of the shape of values. clamp: there was a loss_clamp. Both numbers are among the residuals.
   m.def(
       "value_loss_backward(Tensor grad_loss, Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, "
-      "Tensor residuals, *, bool clip, str reduction, int time_dim) -> Tensor grad_values",
+      "Tensor residuals, Tensor? clip_low=None, Tensor? clip_high=None, *, bool clip, str reduction, int time_dim, str criterion=\"mse\", "
+      "float delta=1.0, bool clip_only=False, bool clamp=False) -> Tensor grad_values",
       tags);
 
   // Differentiable in rewards, values, next_values and bootstrap_values.

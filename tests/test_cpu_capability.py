@@ -21,6 +21,12 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         values = x[0].clone().requires_grad_()
         loss, stats = fused_critic.value_loss(values, x[1], x[2], mask, reduction="seq-mean-token-mean", time_dim=time_dim)
         loss.backward()
+        for options in ({"criterion": "huber", "delta": 0.3}, {"clip_range": x[1].abs(), "clip_only": True, "loss_clamp": 0.2}):
+            leaf = x[0].clone().requires_grad_()
+            other, more = fused_critic.value_loss(leaf, x[1], x[2], mask, time_dim=time_dim, **options)
+            other.backward()
+            for tensor in (other.detach(), more.moments, leaf.grad):
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         out = fused_critic.gae(x[2], x[0], mask, gamma=0.99, lam=0.95, time_dim=time_dim)
         ends, padding = scrambled[3] % 61 == 0, torch.arange(1237) < 1000 + 50 * torch.arange(5)[:, None]
         out += fused_critic.gae(x[2], x[0], mask, terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)

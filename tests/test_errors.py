@@ -118,7 +118,22 @@ TABLE = [
     (loss, {"clip_range": (0.3, 0.1)}, ValueError, r"value_loss: clip_range: .*got \(0.3, 0.1\)"),
     (loss, {"clip_range": (1, 2, 3)}, ValueError, r"value_loss: clip_range: expected a pair \(low, high\), got 3 elements"),
     (loss, {"clip_range": "wide"}, TypeError, r"value_loss: clip_range: expected a number, a pair, a 0-d tensor or None, got 'wide'"),
-    (loss, {"clip_range": torch.ones(2)}, ValueError, r"value_loss: clip_low: expected a number or a 0-d tensor, got shape \[2\]"),
+    (
+        loss,
+        {"clip_range": torch.ones(2)},
+        ValueError,
+        r"value_loss: clip_low: expected a number, a 0-d tensor or shape \[4, 6\] \(that of values\), got shape \[2\]; nothing is broadcast",
+    ),
+    (loss, {"clip_range": (-0.1, torch.ones(4, 1))}, ValueError, r"value_loss: clip_high: expected a number, .*got shape \[4, 1\]"),
+    (loss, {"clip_range": (0.1, torch.ones(4, 6).long())}, TypeError, r"value_loss: clip_high: expected a floating dtype.*got Long"),
+    (loss, {"clip_range": V.abs().requires_grad_()}, ValueError, r"value_loss: clip_low: expected a tensor without gradient"),
+    (loss, {"criterion": "huber", "delta": 0}, ValueError, r"value_loss: delta: expected a positive, finite number for huber, got 0"),
+    (loss, {"criterion": "smooth_l1", "delta": math.inf}, ValueError, r"value_loss: delta: expected a positive, .* smooth_l1, got inf"),
+    (loss, {"criterion": "huber", "delta": math.nan}, ValueError, r"value_loss: delta: expected a positive, finite .*, got nan"),
+    (loss, {"loss_clamp": 0}, ValueError, r"value_loss: loss_clamp: expected a positive number or None, got 0"),
+    (loss, {"loss_clamp": math.nan}, ValueError, r"value_loss: loss_clamp: expected a positive number or None, got nan"),
+    (loss, {"loss_clamp": torch.tensor(-1.0)}, ValueError, r"value_loss: loss_clamp: expected a positive number or None, got -1"),
+    (loss, {"loss_clamp": torch.ones(4)}, ValueError, r"value_loss: loss_clamp: expected a number or a 0-d tensor, got shape \[4\]"),
     (loss, {"dp_size": 2}, ValueError, r"value_loss: dp_size: expected batch_num_tokens beside dp_size > 1.*got dp_size 2 alone"),
     (
         loss,
@@ -205,7 +220,6 @@ TABLE = [
     ),
     (gae, {"mask_mode": "ignore", "mask": torch.ones(6)}, ValueError, r"gae: mask: expected shape \[4, 6\].*got \[6\]"),
     # what a later version brings
-    (loss, {"criterion": "huber"}, NotImplementedError, r"value_loss: criterion: expected 'mse', got 'huber'"),
     (gae, {"carry_masked_rewards": True}, NotImplementedError, r"gae: carry_masked_rewards: expected the default"),
 ]
 

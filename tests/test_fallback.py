@@ -17,24 +17,28 @@ ops = torch.ops.fused_critic
 
 @given(problem=loss_problems)
 def test_value_loss(problem):
-    (*tensors, mask, _), given_options = build_value_loss(problem, "cpu")
-    clip_range, cu_seqlens, time_dim = (given_options.pop(name) for name in ("clip_range", "cu_seqlens", "time_dim"))
+    (*tensors, mask, _), options = build_value_loss(problem, "cpu")
+    clip_range, cu_seqlens, time_dim = (options.pop(name) for name in ("clip_range", "cu_seqlens", "time_dim"))
     pair = (0.0, 0.0) if clip_range is None else clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
-    low, high = map(float, pair)
-    options = {"clip_low": low, "clip_high": high, "clip": clip_range is not None, **given_options}
-    for name in ("batch_num_tokens", "global_batch_size"):
-        if name in options:
-            options[name] = float(options[name])
+    options |= {"clip_low": pair[0], "clip_high": pair[1], "clip": clip_range is not None, "time_dim": time_dim}
+    numbers = [name for name in ("clip_low", "clip_high", "batch_num_tokens", "global_batch_size", "loss_clamp") if name in options]
+    per_token = {name: options[name] for name in numbers if isinstance(options[name], torch.Tensor) and options[name].dim() > 0}
     arguments = (*tensors, mask, cu_seqlens)
-    got = _fallback._value_loss(*arguments, **options, time_dim=time_dim)
-    expected = ops.value_loss(*arguments, **options, time_dim=time_dim)
+    got = _fallback._value_loss(*arguments, **options)
+    for name in numbers:
+        if per_token:
+            options[name] = torch.as_tensor(options[name], dtype=None if name in per_token else torch.float64)
+        else:
+            options[name] = float(options[name])
+    expected = (ops.value_loss.tensor if per_token else ops.value_loss.default)(*arguments, **options)
     for a, b, what in zip(got, expected, ("loss", "stats", "residuals")):
         finite = b.isfinite()
         assert torch.equal(a.isfinite(), finite)
         cases.assert_close(a[finite], b[finite], 2e-5, what)
         assert a.dtype == b.dtype
-    common = {"clip": options["clip"], "reduction": options["reduction"], "time_dim": time_dim}
-    backward = (torch.ones_like(expected[0]), *arguments, expected[2])
+    common = {name: options[name] for name in ("clip", "reduction", "time_dim", "criterion", "delta", "clip_only") if name in options}
+    common["clamp"] = "loss_clamp" in options
+    backward = (torch.ones_like(expected[0]), *arguments, expected[2], *(per_token.get(name) for name in ("clip_low", "clip_high")))
     a, b = _fallback._value_loss_backward(*backward, **common), ops.value_loss_backward(*backward, **common)
     assert a.dtype == b.dtype
     cases.assert_close(a, b, max(2e-5, cases.ROUNDING[tensors[0].dtype]), "grad")

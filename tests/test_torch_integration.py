@@ -9,6 +9,7 @@ import pytest
 import torch
 from fused_critic.check import cases
 from fused_critic.check.torch_features import STEPS, compare_results, critic_step, inputs, run_step
+from fused_critic.check.value_loss import OPTIONS, draw_range
 from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.fused_critic
@@ -31,6 +32,13 @@ def test_opcheck_value_loss(device, grad, dtype):
     torch.library.opcheck(
         ops.value_loss.tensor, (values, old, returns, mask, None, number(-0.2, device), number(0.2, device), number(7, device)), {}
     )
+    options = {"criterion": "huber", "delta": 0.5, "clip_only": True, "reduction": "none"}
+    torch.library.opcheck(ops.value_loss.default, (values, old, returns, mask), {**options, "loss_clamp": 0.3})
+    high = returns.detach().abs()
+    torch.library.opcheck(
+        ops.value_loss.tensor, (values, old, returns, mask, None, -high, high, None, None, number(0.3, device)), {"criterion": "l1"}
+    )
+    torch.library.opcheck(ops.value_loss.tensor, (values, old, returns, mask, None, number(-0.2, device), high), {})
     flat = [x.detach().reshape(-1) for x in (values, old, returns, mask)]
     cu_seqlens = torch.tensor([0, 9, 9, 36], device=device)
     torch.library.opcheck(
@@ -45,6 +53,12 @@ def test_opcheck_value_loss_backward(device):
         options = {"clip": True, "reduction": reduction, "time_dim": -1}
         torch.library.opcheck(
             ops.value_loss_backward.default, (torch.ones_like(loss), values, old, returns, mask, None, residuals), options
+        )
+        high = returns.abs()
+        _, _, residuals = ops.value_loss(values, old, returns, mask, reduction=reduction, loss_clamp=0.3)
+        options |= {"criterion": "smooth_l1", "delta": 0.5, "clamp": True}
+        torch.library.opcheck(
+            ops.value_loss_backward.default, (torch.ones_like(loss), values, old, returns, mask, None, residuals, -high, high), options
         )
 
 
@@ -82,6 +96,15 @@ def test_opcheck_gae_options(device, grad, mask_mode):
 def test_gradcheck_value_loss(device, reduction, clip_range):
     values, old, returns, mask = inputs(device, SMALL, dtype=torch.float64)
     function = lambda v: fused_critic.value_loss(v, old, returns, mask, clip_range=clip_range, reduction=reduction).loss  # noqa: E731
+    assert torch.autograd.gradcheck(function, values.requires_grad_())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", ["numbers", "tensors"])
+def test_gradcheck_value_loss_with_options(device, name, kind):
+    values, old, returns, mask = inputs(device, SMALL, dtype=torch.float64)
+    clip_range = draw_range(0.2, kind, mask, SMALL, torch.Generator().manual_seed(1), device)
+    function = lambda v: fused_critic.value_loss(v, old, returns, mask, clip_range=clip_range, **OPTIONS[name]).loss  # noqa: E731
     assert torch.autograd.gradcheck(function, values.requires_grad_())
 
 
@@ -278,6 +301,41 @@ def test_func_vmap(device):
         lams = torch.linspace(0.5, 1, 12, device=device).view(3, 4)
         cases.assert_same_bits(torch.func.vmap(several)(lams), torch.stack([several(lam) for lam in lams]))
         cases.assert_same_bits(torch.func.vmap(loss, in_dims=2)(ensemble.movedim(0, 2)), torch.stack([loss(v) for v in ensemble]))
+
+
+def test_func_vmap_over_ranges(device):
+    """A range per token for each of several calls, and one number for each."""
+    values, old, returns, mask = inputs(device)
+    options = {"criterion": "huber", "clip_only": True, "loss_clamp": 0.5}
+    loss = lambda v, r: fused_critic.value_loss(v, old, returns, mask, clip_range=r, **options).loss  # noqa: E731
+    for ranges in (
+        torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(1)).to(device),
+        torch.tensor([0.1, 0.2, 0.4], device=device),
+    ):
+        for function in (loss, torch.func.grad(loss)):
+            got = torch.func.vmap(function, in_dims=(None, 0))(values, ranges)
+            cases.assert_same_bits(got, torch.stack([function(values, r) for r in ranges]))
+
+
+def test_compile_with_options(device):
+    """A range per token and a clamp that change are not compiled again."""
+    torch._dynamo.reset()
+    values, old, returns, mask = inputs(device)
+
+    def step(values, bounds, clamp):
+        return tuple(fused_critic.value_loss(values, old, returns, mask, clip_range=bounds, criterion="smooth_l1", loss_clamp=clamp))
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    compilations = 0  # of the first call
+    for clamp in (0.3, 0.2, 0.1):
+        leaf, bounds = values.clone().requires_grad_(), old.abs() * clamp
+        (loss, stats), (expected, expected_stats) = compiled(leaf, bounds, number(clamp, device)), step(leaf, bounds, clamp)
+        cases.assert_close(loss, expected, 1e-6)
+        cases.assert_close(stats.moments, expected_stats.moments, 1e-6)
+        cases.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (loss, expected)), 1e-6)
+        compilations = compilations or counter.frame_count
+    assert counter.frame_count == compilations
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,5 +1,6 @@
 """The value loss against the float64 reference, on every device."""
 
+import itertools
 import math
 
 import fused_critic
@@ -9,19 +10,23 @@ from fused_critic import reference
 from fused_critic.check import cases
 from fused_critic.check.value_loss import (
     FACTORS,
+    OPTIONS,
     SHAPES,
     compare,
     compare_expanded,
     compare_far,
+    compare_options,
     compare_padding,
     compare_problem,
     compare_shape,
     draw_inputs,
+    draw_range,
     run,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
+FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 problems = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FACTORS.items()})
 
 
@@ -51,6 +56,193 @@ def test_float64(device, shape, time_dim, clip_range, mask_dtype, reduction):
     compare(*tensors, mask, reduction=reduction, time_dim=time_dim, clip_range=clip_range)
 
 
+RANGES = {
+    "number": (0.2, "numbers"),
+    "tensor": (0.2, "tensors"),
+    "number and tensor": ((-0.1, 0.3), "high tensor"),
+    "none": (None, "numbers"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("clip_range, kind", RANGES.values(), ids=RANGES.keys())
+@pytest.mark.parametrize("shape, time_dim, dtype", [((3, 300), -1, torch.float32), ((40, 9), 0, torch.float64)], ids=["rows", "columns"])
+def test_options(device, name, clip_range, kind, shape, time_dim, dtype):
+    compare_options(OPTIONS[name], clip_range, kind, shape, time_dim, dtype, device)
+
+
+@pytest.mark.parametrize("clip_range, kind", [(0.2, "tensors"), (None, "numbers")], ids=["tensor", "none"])
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+@pytest.mark.parametrize(
+    "shape, time_dim, dtype", [((40, 9), -1, torch.float64), ((3, 300), 0, torch.float32), ((1, 5000), -1, torch.float32)]
+)
+def test_options_in_every_kernel(device, clip_range, kind, reduction, shape, time_dim, dtype):
+    compare_options(OPTIONS["clamped smooth_l1, clip_only"], clip_range, kind, shape, time_dim, dtype, device, reduction)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("time_dim", [-1, 0])
+@pytest.mark.parametrize("clip_range", [0.2, (-0.1, 0.3), None])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.float32])
+def test_options_without_effect_leave_the_bits(device, dtype, time_dim, clip_range, mask_dtype):
+    """Every token's loss and gradient: mse with options is the same arithmetic in another kernel."""
+    generator = torch.Generator().manual_seed(19)
+    tensors = draw_inputs((9, 70), generator, device, [dtype] * 3, ["contiguous"] * 3)
+    mask = cases.mask((9, 70), mask_dtype, generator)
+    mask = mask if mask is None else mask.to(device)
+    expected = run(*tensors, mask, clip_range=clip_range, reduction="none", time_dim=time_dim)
+    ranges = [clip_range]
+    if clip_range is not None:
+        pair = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ranges.append(tuple(torch.full_like(tensors[0], x, dtype=wide) for x in pair))
+    for bounds in ranges:
+        got = run(*tensors, mask, clip_range=bounds, loss_clamp=math.inf, reduction="none", time_dim=time_dim)
+        cases.assert_same_bits(got[0], expected[0], "loss")
+        cases.assert_same_bits(got[1], expected[1], "gradient")
+
+
+TORCH_LOSSES = {
+    "mse": lambda v, r: 0.5 * torch.nn.functional.mse_loss(v, r, reduction="none"),
+    "huber": lambda v, r: torch.nn.functional.huber_loss(v, r, reduction="none", delta=0.5),
+    "smooth_l1": lambda v, r: torch.nn.functional.smooth_l1_loss(v, r, reduction="none", beta=0.5),
+    "l1": lambda v, r: torch.nn.functional.l1_loss(v, r, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("criterion", TORCH_LOSSES)
+def test_criteria_are_those_of_torch(device, criterion):
+    differences = torch.tensor([[0.0, 0.25, 0.5, 0.75, 4.0, -0.25, -0.5, -0.75, -4.0, 1e-20, -1e20]], device=device)
+    leaf, returns = differences.clone().requires_grad_(), torch.zeros_like(differences)
+    expected = TORCH_LOSSES[criterion](leaf, returns)
+    expected.sum().backward()
+    loss, grad, _ = run(differences, None, returns, clip_range=None, criterion=criterion, delta=0.5, reduction="none")
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad, leaf.grad)
+
+
+def test_clip_only(device):
+    """The clipped value's loss alone; the gradient is that of v inside the range, bounds included, and 0 outside."""
+    old = torch.zeros(1, 5, device=device)
+    values = torch.tensor([[0.25, 0.125, 0.5, -0.5, -0.25]], device=device)
+    returns = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0]], device=device)
+    loss, grad, stats = run(values, old, returns, clip_range=0.25, clip_only=True, reduction="none")
+    assert loss.tolist() == [[0.28125, 0.3828125, 0.28125, 0.78125, 0.78125]]
+    assert grad.tolist() == [[-0.75, -0.875, 0.0, 0.0, -1.25]]
+    assert stats.num_tokens.item() == 5 and stats.loss_sum.item() == loss.sum().item()
+    assert math.isclose(stats.clip_fraction.item(), 1 / 5) and math.isclose(stats.outside_fraction.item(), 2 / 5)
+
+
+def test_loss_clamp(device):
+    """At the clamp itself the gradient stays; the clipped branch counts as before."""
+    values = torch.tensor([[2.0, 2.5, -1.0, 0.5]], device=device)
+    zeros = torch.zeros_like(values)
+    for clamp in (2.0, torch.tensor(2.0, device=device)):
+        loss, grad, stats = run(values, None, zeros, clip_range=None, loss_clamp=clamp, reduction="none")
+        assert loss.tolist() == [[2.0, 2.0, 0.5, 0.125]] and grad.tolist() == [[2.0, 0.0, -1.0, 0.5]]
+        assert stats.loss_sum.item() == 4.625
+    _, grad, stats = run(zeros, values, zeros, clip_range=0.5, loss_clamp=0.25, reduction="none")
+    assert grad.tolist() == [[0.0] * 4] and stats.clip_fraction.item() == 0.75
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("position", range(5), ids=["values", "old values", "returns", "low", "high"])
+@pytest.mark.parametrize("time_dim", [-1, 0])
+def test_nan_with_options(device, name, position, time_dim):
+    """At a valid token it shows in the loss and in that token's gradient; at a masked one in nothing."""
+    generator = torch.Generator().manual_seed(20)
+    shape = (3, 41)
+    tensors = draw_inputs(shape, generator, "cpu", [torch.float32] * 3, ["contiguous"] * 3)
+    mask = cases.mask(shape, torch.bool, generator)
+    mask[1, 3], mask[1, 40], mask[2, 0] = True, True, False
+    tensors += [torch.full(shape, -0.2), torch.full(shape, 0.2)]
+    for row, column in ((1, 3), (1, 40), (2, 0)):
+        poisoned = [x.clone() for x in tensors]
+        poisoned[position][row, column] = math.nan
+        arranged = [(x if time_dim == -1 else x.t().contiguous()).to(device) for x in (*poisoned, mask)]
+        *inputs, low, high, valid = arranged
+        loss, grad, _ = run(*inputs, valid, clip_range=(low, high), reduction="none", time_dim=time_dim, **OPTIONS[name])
+        total, _, _ = run(*inputs, valid, clip_range=(low, high), time_dim=time_dim, **OPTIONS[name])
+        expected = torch.zeros(shape, dtype=torch.bool)
+        expected[row, column] = bool(mask[row, column])
+        expected = (expected if time_dim == -1 else expected.t()).to(device)
+        assert torch.equal(loss.isnan(), expected) and torch.equal(grad.isnan(), expected)
+        assert math.isnan(total.item()) == bool(expected.any())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_infinite_differences(device, sign):
+    """The linear criteria stay what they are."""
+    values = torch.tensor([[math.inf, 0.0, 3e38]], device=device) * sign
+    zeros = torch.zeros_like(values)
+    for criterion, slope in (("mse", math.inf), ("huber", 0.5), ("smooth_l1", 1.0), ("l1", 1.0)):
+        options = {"clip_range": None, "criterion": criterion, "delta": 0.5, "reduction": "none"}
+        loss, grad, _ = run(values, None, zeros, loss_clamp=math.inf, **options)
+        assert loss[0, 0].item() == math.inf and grad[0, 0].item() == sign * slope and loss[0, 1].item() == 0 == grad[0, 1].item()
+        assert grad[0, 2].item() == pytest.approx(sign * (3e38 if criterion == "mse" else slope))
+        loss, grad, _ = run(values, None, zeros, loss_clamp=7.0, **options)
+        assert loss.tolist() == [[7.0, 0.0, 7.0]] and grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "low tensor", "high tensor"])
+def test_ranges_per_token_in_any_memory(device, kind):
+    """Strides, alignment and dtypes of their own, stride 0 among them."""
+    generator = torch.Generator().manual_seed(21)
+    for shape, stride, dtype in itertools.product([(6, 41), (9, 64)], cases.STRIDES, FLOATING):
+        tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
+        mask = cases.mask(shape, torch.bool, generator)
+        compare(
+            *tensors, mask.to(device), clip_range=draw_range(0.2, kind, mask, shape, generator, device, dtype, stride), reduction="none"
+        )
+    compare(*tensors, clip_range=torch.rand(9, 1, generator=generator).to(device).expand(9, 64))
+
+
+def test_ranges_that_are_empty_or_inverted(device):
+    """low = high puts vc there; where low > high it is the upper bound."""
+    generator = torch.Generator().manual_seed(22)
+    tensors = draw_inputs((3, 40), generator, device, [torch.float32] * 3, ["contiguous"] * 3)
+    bounds = torch.randn(3, 40, generator=generator).to(device)
+    compare(*tensors, clip_range=(bounds, bounds))
+    compare(*tensors, clip_range=bounds)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
+def test_empty_with_options(device, shape):
+    empty = torch.empty(shape, device=device, dtype=torch.float64)
+    options = OPTIONS["clamped smooth_l1, clip_only"]
+    loss, grad, stats = run(*[empty.float()] * 3, clip_range=empty, **options)
+    assert loss.item() == 0 and loss.dtype == torch.float64 and grad.shape == shape
+    assert all(value == 0 for value in stats.to_dict().values())
+
+
+def test_module(device):
+    generator = torch.Generator().manual_seed(23)
+    values, old, returns = draw_inputs((4, 30), generator, device, [torch.float32] * 3, ["contiguous"] * 3)
+    mask = cases.mask((4, 30), torch.bool, generator).to(device)
+    options = {
+        "clip_range": 0.3,
+        "criterion": "huber",
+        "delta": 0.4,
+        "clip_only": True,
+        "loss_clamp": 0.2,
+        "reduction": "seq-mean-token-sum-norm",
+    }
+    options |= {"dp_size": 2, "loss_scale_factor": 5.0, "time_dim": 0}
+    module = fused_critic.ClippedValueLoss(**options)
+    got = module(values, old, returns, mask, batch_num_tokens=9, global_batch_size=7)
+    expected = fused_critic.value_loss(values, old, returns, mask, batch_num_tokens=9, global_batch_size=7, **options)
+    cases.assert_same_bits(got.loss, expected.loss)
+    cases.assert_same_bits(got.stats.moments, expected.stats.moments)
+    cases.assert_same_bits(fused_critic.ClippedValueLoss()(values, old, returns).loss, fused_critic.value_loss(values, old, returns).loss)
+    flat, cu_seqlens = values.reshape(-1), torch.tensor([0, 50, 120], device=device)
+    packed = fused_critic.ClippedValueLoss(clip_range=None, reduction="seq-mean-token-mean")(flat, None, flat + 1, cu_seqlens=cu_seqlens)
+    assert packed.loss.item() == pytest.approx(0.5) and packed.stats.num_sequences.item() == 2
+    module.clip_range = 0.1
+    narrower = fused_critic.value_loss(values, old, returns, mask, global_batch_size=7, **(options | {"clip_range": 0.1}))
+    cases.assert_same_bits(module(values, old, returns, mask, global_batch_size=7).loss, narrower.loss)
+    assert list(module.parameters()) == [] and module.state_dict() == {} and "criterion='huber'" in repr(module)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_masks_wider_than_the_values(device, dtype, time_dim):
@@ -65,9 +257,6 @@ def test_losses_of_single_tokens(device, shape, mask_dtype):
     generator = torch.Generator().manual_seed(12)
     tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
     compare(*tensors, cases.mask(shape, mask_dtype, generator).to(device), reduction="none")
-
-
-FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
@@ -317,26 +506,28 @@ def test_large_sums_stay_accurate(device, shape, time_dim):
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "none"])
-def test_same_bits_on_every_run(device, reduction):
+@pytest.mark.parametrize("options", [{}, {"criterion": "huber", "loss_clamp": 0.1}], ids=["default", "options"])
+def test_same_bits_on_every_run(device, reduction, options):
     generator = torch.Generator().manual_seed(6)
     tensors = draw_inputs((7, 3000), generator, device, [torch.bfloat16, torch.float32, torch.float32], ["contiguous"] * 3)
     mask = cases.mask((7, 3000), torch.bool, generator).to(device)
-    first = run(*tensors, mask, reduction=reduction)
-    second = run(*tensors, mask, reduction=reduction)
+    first = run(*tensors, mask, reduction=reduction, **options)
+    second = run(*tensors, mask, reduction=reduction, **options)
     for a, b in zip(first, second):
         cases.assert_same_bits(*(x.moments if isinstance(x, fused_critic.ValueLossStats) else x for x in (a, b)))
 
 
 @pytest.mark.parametrize("time_dim", [-1, 0])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
-def test_same_bits_for_every_number_of_threads(threads, time_dim, reduction):
+@pytest.mark.parametrize("options", [{}, {"criterion": "huber", "loss_clamp": 0.1}], ids=["default", "options"])
+def test_same_bits_for_every_number_of_threads(threads, time_dim, reduction, options):
     generator = torch.Generator().manual_seed(7)
     tensors = draw_inputs((37, 3001), generator, "cpu", [torch.float32] * 3, ["contiguous"] * 3)
     mask = cases.mask((37, 3001), torch.bool, generator)
     results = []
     for n in (1, 2, 3, 7):
         threads(n)
-        results.append(run(*tensors, mask, reduction=reduction, time_dim=time_dim))
+        results.append(run(*tensors, mask, reduction=reduction, time_dim=time_dim, **options))
     for loss, grad, stats in results[1:]:
         cases.assert_same_bits(loss, results[0][0], "loss")
         cases.assert_same_bits(grad, results[0][1], "grad")

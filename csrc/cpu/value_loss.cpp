@@ -252,6 +252,7 @@ void value_loss(const ValueLossParams& p) {
   p.residuals[kScale] = scale;
   p.residuals[kClipLow] = p.clip_low.value;
   p.residuals[kClipHigh] = p.clip_high.value;
+  if (p.options.clamp) *p.clamp_residual = p.loss_clamp.value;
   if (p.reduction != Reduction::kNone) *static_cast<T*>(p.loss) = scale == 0 ? T(0) : T(sum * scale);
 }
 

@@ -27,6 +27,7 @@ struct Tokens {
   MaskKind mask;
   const int8_t* flags;     // kFlags: not zero where a token is there
   const T* weights;        // kWeights
+  const T *low, *high;     // bounds of the clip range, where each token has its own; or null
 
   bool valid(int64_t i) const { return mask == MaskKind::kFlags ? flags[i] != 0 : mask == MaskKind::kNone || weights[i] != T(0); }
 
@@ -44,7 +45,7 @@ struct Tokens {
 
 template <typename T>
 struct TokenScratch {
-  alignas(64) T v[kTile], old[kTile], ret[kTile], weights[kTile];
+  alignas(64) T v[kTile], old[kTile], ret[kTile], weights[kTile], low[kTile], high[kTile];
   alignas(64) int8_t flags[kTile];
 };
 
@@ -66,8 +67,10 @@ inline Tokens<T> load_mask(const Operand& mask, const TileSpec& tile, TokenScrat
 template <typename T, typename Params>
 inline void load_values(const Params& p, const TileSpec& tile, TokenScratch<T>& scratch, Tokens<T>& x) {
   x.v = load_tile(p.values, tile, scratch.v);
-  if (p.clip) x.old = load_tile(p.old_values, tile, scratch.old);
+  if (p.options.clip) x.old = load_tile(p.old_values, tile, scratch.old);
   x.ret = load_tile(p.returns, tile, scratch.ret);
+  if (p.options.clip_lows.data != nullptr) x.low = load_tile(p.options.clip_lows, tile, scratch.low);
+  if (p.options.clip_highs.data != nullptr) x.high = load_tile(p.options.clip_highs, tile, scratch.high);
 }
 
 // Flags are looked at by blocks: padding and turns leave most of them all set or all clear, which saves the masking or the work itself.
@@ -124,6 +127,7 @@ FUSED_CRITIC_INLINE void for_each_stretch(const Tokens<T>& x, const Occupancy& t
 template <typename T>
 struct Tail {
   T v[kLanes] = {}, old[kLanes] = {}, ret[kLanes] = {}, weights[kLanes] = {};
+  T low[kLanes], high[kLanes];
   int8_t flags[kLanes] = {};
 
   Tail(const Tokens<T>& x, int64_t from, int64_t n) {
@@ -132,8 +136,20 @@ struct Tail {
     std::copy(x.ret + from, x.ret + n, ret);
     for (int64_t i = 0; i < kLanes && from + i < n; ++i) flags[i] = x.valid(from + i);
     if (x.mask == MaskKind::kWeights) std::copy(x.weights + from, x.weights + n, weights);
+    copy_bound(x.low, from, n, low);
+    copy_bound(x.high, from, n, high);
   }
-  Tokens<T> tokens(MaskKind mask) const { return {v, old, ret, mask, flags, weights}; }
+  // of: what it is the tail of
+  Tokens<T> tokens(MaskKind mask, const Tokens<T>& of) const {
+    return {v, of.old != nullptr ? old : nullptr, ret, mask, flags, weights, of.low != nullptr ? low : nullptr, of.high != nullptr ? high : nullptr};
+  }
+
+ private:
+  static void copy_bound(const T* bound, int64_t from, int64_t n, T (&out)[kLanes]) {
+    if (bound == nullptr) return;
+    std::fill(out, out + kLanes, T(0));
+    std::copy(bound + from, bound + n, out);
+  }
 };
 
 template <typename T, MaskKind kMask>
@@ -142,9 +158,24 @@ FUSED_CRITIC_INLINE Mask<T> valid_lanes(const Tokens<T>& x, int64_t i) {
   return nonzero<T>(x.flags + i);
 }
 
+// LossOptions in lanes.
 template <typename T>
-struct ClipRange {
-  Vec<T> low, high;
+struct OptionLanes {
+  Vec<T> delta, curvature, twice_slope, slope, offset;  // of the criterion
+  Vec<T> limit;                                         // twice the loss clamp; infinity without
+  bool clip_only;
+
+  OptionLanes(const LossOptions& o, const double* clamp)
+      : delta(Vec<T>::all(T(o.criterion.delta))), curvature(Vec<T>::all(T(o.criterion.curvature))), twice_slope(Vec<T>::all(2 * T(o.criterion.slope))),
+        slope(Vec<T>::all(T(o.criterion.slope))), offset(Vec<T>::all(T(o.criterion.offset))),
+        limit(Vec<T>::all(clamp != nullptr ? 2 * T(*clamp) : std::numeric_limits<T>::infinity())), clip_only(o.clip_only) {}
+};
+
+// What the tokens of a tile have in common.
+template <typename T>
+struct TokenRule {
+  Vec<T> low, high;               // of the clip range
+  const OptionLanes<T>* options;  // Form::kOptions
 };
 
 // math/value_loss.h in lanes, without its factor 0.5.
@@ -154,17 +185,53 @@ struct LossLanes {
   Vec<T> unclipped, clipped;  // their squares
 };
 
-template <typename T, bool kClip>
-FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const T* old, const Vec<T>& ret, const ClipRange<T>& range) {
+template <typename T, Form kForm>
+FUSED_CRITIC_INLINE LossLanes<T> token_loss(const Vec<T>& v, const T* old, const Vec<T>& ret, const TokenRule<T>& rule) {
   LossLanes<T> out;
-  if constexpr (kClip) {
+  if constexpr (kForm == Form::kClipped) {
     const Vec<T> o = Vec<T>::load(old);
-    out.vc = min(max(v, o + range.low), o + range.high);  // NaN where old is, but not where v is
+    out.vc = min(max(v, o + rule.low), o + rule.high);  // NaN where old is, but not where v is
     out.dc = out.vc - ret;
     out.clipped = out.dc * out.dc;
   }
   out.d = v - ret;
   out.unclipped = out.d * out.d;
+  return out;
+}
+
+// The same with options. A NaN among v, R, old and the bounds makes loss and gradient NaN.
+template <typename T>
+struct OptionLossLanes {
+  Vec<T> vc, loss, grad;
+  Mask<T> clipped;  // c(vc - R) is strictly greater
+};
+
+template <typename T>
+FUSED_CRITIC_INLINE Vec<T> nan_or(const Vec<T>& nan, const Vec<T>& x) { return select(nan != nan, nan, x); }
+
+template <typename T>
+FUSED_CRITIC_INLINE OptionLossLanes<T> token_loss_with_options(const Tokens<T>& x, int64_t i, const Vec<T>& v, const Vec<T>& ret, const TokenRule<T>& rule) {
+  const OptionLanes<T>& o = *rule.options;
+  const Vec<T> zero = Vec<T>::all(T(0));
+  const auto magnitude = [&](const Vec<T>& d) { return select(d < zero, zero - d, d); };
+  const auto criterion = [&](const Vec<T>& d) {  // twice c(d)
+    const Vec<T> size = magnitude(d);
+    return select(size > o.delta, o.twice_slope * (size - o.offset), o.curvature * d * d);
+  };
+  OptionLossLanes<T> out;
+  out.vc = v;
+  if (x.old != nullptr) {
+    const Vec<T> old = Vec<T>::load(x.old + i);
+    const Vec<T> low = old + (x.low != nullptr ? Vec<T>::load(x.low + i) : rule.low), high = old + (x.high != nullptr ? Vec<T>::load(x.high + i) : rule.high);
+    out.vc = nan_or(v, nan_or(low, min(max(v, low), high)));  // min gives high where that is NaN
+  }
+  const Vec<T> d = v - ret, dc = out.vc - ret, unclipped = criterion(d), clipped = criterion(dc);
+  out.clipped = clipped > unclipped;
+  out.loss = o.clip_only ? clipped : nan_or(unclipped, max(unclipped, clipped));  // max gives clipped where that is NaN
+  out.grad = select(magnitude(d) > o.delta, select(d < zero, zero - o.slope, o.slope), o.curvature * d);
+  out.grad = select(o.clip_only ? out.vc != v : out.clipped, zero, out.grad);
+  out.grad = nan_or(dc, select(out.loss > o.limit, zero, out.grad));
+  out.loss = select(out.loss > o.limit, o.limit, out.loss);
   return out;
 }
 
@@ -199,8 +266,8 @@ struct Centre {
 };
 
 // Adds the groups of kLanes tokens in [begin, end). Masked ones are put on the centre, whatever lies there, so that they add 0 to every moment.
-template <typename T, bool kClip, MaskKind kMask>
-FUSED_CRITIC_NOINLINE void accumulate(Sums<T>& sums, const Tokens<T>& tokens, int64_t begin, int64_t end, const ClipRange<T>& range, const Centre<T>& centre, T* token_loss_out) {
+template <typename T, Form kForm, MaskKind kMask>
+FUSED_CRITIC_NOINLINE void accumulate(Sums<T>& sums, const Tokens<T>& tokens, int64_t begin, int64_t end, const TokenRule<T>& rule, const Centre<T>& centre, T* token_loss_out) {
   const Tokens<T> x = tokens;
   const Vec<T> zero = Vec<T>::all(T(0));
   LossSums<T> loss_sums = sums.loss;
@@ -229,11 +296,21 @@ FUSED_CRITIC_NOINLINE void accumulate(Sums<T>& sums, const Tokens<T>& tokens, in
     m.value_min = min(v, m.value_min);
     m.value_max = max(v, m.value_max);
 
-    const LossLanes<T> l = token_loss<T, kClip>(v, kClip ? x.old + i : nullptr, ret, range);
-    Vec<T> loss = l.unclipped;
-    if constexpr (kClip) {
-      loss = max(l.unclipped, l.clipped);  // NaN where R or old is; see nan_values for v
-      Mask<T> clipped = l.clipped > l.unclipped, outside = l.vc != v;
+    Vec<T> loss;
+    Mask<T> clipped, outside;
+    if constexpr (kForm == Form::kOptions) {
+      const OptionLossLanes<T> l = token_loss_with_options(x, i, v, ret, rule);
+      loss = l.loss;
+      clipped = l.clipped, outside = l.vc != v;
+    } else {
+      const LossLanes<T> l = token_loss<T, kForm>(v, kForm == Form::kClipped ? x.old + i : nullptr, ret, rule);
+      loss = l.unclipped;
+      if constexpr (kForm == Form::kClipped) {
+        loss = max(l.unclipped, l.clipped);  // NaN where R or old is; see nan_values for v
+        clipped = l.clipped > l.unclipped, outside = l.vc != v;
+      }
+    }
+    if constexpr (kForm != Form::kPlain) {
       if constexpr (kMask != MaskKind::kNone) {
         clipped = clipped & valid;
         outside = outside & valid;
@@ -256,12 +333,12 @@ FUSED_CRITIC_NOINLINE void accumulate(Sums<T>& sums, const Tokens<T>& tokens, in
   if constexpr (kMask == MaskKind::kWeights) sums.weights = weight_sums;
 }
 
-template <typename T, bool kClip>
-inline void accumulate(MaskKind mask, Sums<T>& s, const Tokens<T>& x, int64_t begin, int64_t end, const ClipRange<T>& range, const Centre<T>& centre, T* token_loss_out) {
+template <typename T, Form kForm>
+inline void accumulate(MaskKind mask, Sums<T>& s, const Tokens<T>& x, int64_t begin, int64_t end, const TokenRule<T>& rule, const Centre<T>& centre, T* token_loss_out) {
   switch (mask) {
-    case MaskKind::kNone: return accumulate<T, kClip, MaskKind::kNone>(s, x, begin, end, range, centre, token_loss_out);
-    case MaskKind::kFlags: return accumulate<T, kClip, MaskKind::kFlags>(s, x, begin, end, range, centre, token_loss_out);
-    case MaskKind::kWeights: return accumulate<T, kClip, MaskKind::kWeights>(s, x, begin, end, range, centre, token_loss_out);
+    case MaskKind::kNone: return accumulate<T, kForm, MaskKind::kNone>(s, x, begin, end, rule, centre, token_loss_out);
+    case MaskKind::kFlags: return accumulate<T, kForm, MaskKind::kFlags>(s, x, begin, end, rule, centre, token_loss_out);
+    case MaskKind::kWeights: return accumulate<T, kForm, MaskKind::kWeights>(s, x, begin, end, rule, centre, token_loss_out);
   }
 }
 
@@ -282,15 +359,14 @@ inline void add_centred(double* moments, Moment first, double weight, double cen
   moments[first + 1] += weight * centre * centre + 2 * centre * sum + sum_sq;
 }
 
-template <typename T, bool kClip>
-inline void loss_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, T low, T high, double* moments, T* token_loss_out) {
+template <typename T, Form kForm>
+inline void loss_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, const TokenRule<T>& rule, double* moments, T* token_loss_out) {
   const int64_t first = x.first_valid(n);
-  const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
   const Centre<T> centre = {Vec<T>::all(x.v[first]), Vec<T>::all(x.ret[first])};
   Sums<T> s = {};
   s.moments.value_min = s.moments.value_max = centre.value;
   for_each_stretch(
-      x, there, n, [&](int64_t begin, int64_t end, MaskKind mask) { accumulate<T, kClip>(mask, s, x, begin, end, range, centre, token_loss_out); },
+      x, there, n, [&](int64_t begin, int64_t end, MaskKind mask) { accumulate<T, kForm>(mask, s, x, begin, end, rule, centre, token_loss_out); },
       [&](int64_t begin, int64_t end) {
         if (token_loss_out != nullptr) std::fill(token_loss_out + begin, token_loss_out + end, T(0));
       });
@@ -300,7 +376,7 @@ inline void loss_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, T l
     const Tail<T> tail(x, whole, n);
     const MaskKind mask = weighted ? MaskKind::kWeights : MaskKind::kFlags;
     T out[kLanes];
-    accumulate<T, kClip>(mask, s, tail.tokens(mask), 0, kLanes, range, centre, token_loss_out != nullptr ? out : nullptr);
+    accumulate<T, kForm>(mask, s, tail.tokens(mask, x), 0, kLanes, rule, centre, token_loss_out != nullptr ? out : nullptr);
     if (token_loss_out != nullptr) std::copy(out, out + (n - whole), token_loss_out + whole);
   }
   const double weight = weighted ? sum(s.weights.weight) : double(there.valid), sum_v = sum(s.moments.value), sum_r = sum(s.moments.ret);
@@ -309,7 +385,7 @@ inline void loss_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, T l
   moments[kWeight] += weight;
   moments[kLoss] += 0.5 * sum(s.loss.loss);
   if (sum_v - sum_v != 0) moments[kLoss] += nan_values(x, n, token_loss_out);
-  if constexpr (kClip) {
+  if constexpr (kForm != Form::kPlain) {
     moments[kClipped] += weighted ? sum(s.weights.clipped) : count(s.loss.clipped);
     moments[kOutside] += weighted ? sum(s.weights.outside) : count(s.loss.outside);
   }
@@ -332,10 +408,16 @@ void loss_forward(const ValueLossParams& p, const TileSpec& tile, T low, T high,
     return;
   }
   load_values(p, tile, scratch, x);
-  if (p.clip) {
-    loss_tile<T, true>(x, there, n, low, high, moments, token_loss_out);
-  } else {
-    loss_tile<T, false>(x, there, n, low, high, moments, token_loss_out);
+  TokenRule<T> rule = {Vec<T>::all(low), Vec<T>::all(high), nullptr};
+  switch (form_of(p.options)) {
+    case Form::kPlain: loss_tile<T, Form::kPlain>(x, there, n, rule, moments, token_loss_out); break;
+    case Form::kClipped: loss_tile<T, Form::kClipped>(x, there, n, rule, moments, token_loss_out); break;
+    case Form::kOptions: {
+      const OptionLanes<T> options(p.options, p.options.clamp ? &p.loss_clamp.value : nullptr);
+      rule.options = &options;
+      loss_tile<T, Form::kOptions>(x, there, n, rule, moments, token_loss_out);
+      break;
+    }
   }
   if (token_weight == nullptr) return;
   switch (x.mask) {
@@ -353,17 +435,23 @@ struct Upstream {
 };
 
 // Gradients of the groups of kLanes tokens in [begin, end). Returns lanes that are NaN if an old value was.
-template <typename T, bool kClip, bool kFlags, bool kEach>
-FUSED_CRITIC_INLINE Vec<T> grad_stretch(const Tokens<T>& tokens, int64_t begin, int64_t end, const Upstream<T>& upstream, const ClipRange<T>& range, T* out) {
+template <typename T, Form kForm, bool kFlags, bool kEach>
+FUSED_CRITIC_INLINE Vec<T> grad_stretch(const Tokens<T>& tokens, int64_t begin, int64_t end, const Upstream<T>& upstream, const TokenRule<T>& rule, T* out) {
   const Tokens<T> x = tokens;
   const Vec<T> zero = Vec<T>::all(T(0));
   Vec<T> poison = zero;
   for (int64_t i = begin; i < end; i += kLanes) {
-    const LossLanes<T> l = token_loss<T, kClip>(Vec<T>::load(x.v + i), kClip ? x.old + i : nullptr, Vec<T>::load(x.ret + i), range);
-    Vec<T> grad = l.d;
-    if constexpr (kClip) {
-      grad = select(l.clipped > l.unclipped, zero, grad);  // NaN where v or R is
-      poison = poison + l.dc;
+    const Vec<T> v = Vec<T>::load(x.v + i), ret = Vec<T>::load(x.ret + i);
+    Vec<T> grad;
+    if constexpr (kForm == Form::kOptions) {
+      grad = token_loss_with_options(x, i, v, ret, rule).grad;
+    } else {
+      const LossLanes<T> l = token_loss<T, kForm>(v, kForm == Form::kClipped ? x.old + i : nullptr, ret, rule);
+      grad = l.d;
+      if constexpr (kForm == Form::kClipped) {
+        grad = select(l.clipped > l.unclipped, zero, grad);  // NaN where v or R is
+        poison = poison + l.dc;
+      }
     }
     grad = grad * (kEach ? Vec<T>::load(upstream.each + i) : upstream.all);
     if constexpr (kFlags) grad = select(nonzero<T>(x.flags + i), grad, zero);
@@ -372,15 +460,14 @@ FUSED_CRITIC_INLINE Vec<T> grad_stretch(const Tokens<T>& tokens, int64_t begin, 
   return poison;
 }
 
-template <typename T, bool kClip, bool kEach>
-inline void grad_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, const Upstream<T>& upstream, T low, T high, T* out) {
-  const ClipRange<T> range = {Vec<T>::all(low), Vec<T>::all(high)};
+template <typename T, Form kForm, bool kEach>
+inline void grad_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, const Upstream<T>& upstream, const TokenRule<T>& rule, T* out) {
   Vec<T> poison = Vec<T>::all(T(0));
   for_each_stretch(
       x, there, n,
       [&](int64_t begin, int64_t end, MaskKind mask) {
-        poison = poison + (mask == MaskKind::kNone ? grad_stretch<T, kClip, false, kEach>(x, begin, end, upstream, range, out)
-                                                   : grad_stretch<T, kClip, true, kEach>(x, begin, end, upstream, range, out));
+        poison = poison + (mask == MaskKind::kNone ? grad_stretch<T, kForm, false, kEach>(x, begin, end, upstream, rule, out)
+                                                   : grad_stretch<T, kForm, true, kEach>(x, begin, end, upstream, rule, out));
       },
       [&](int64_t begin, int64_t end) { std::fill(out + begin, out + end, T(0)); });
   const int64_t whole = n / kLanes * kLanes;
@@ -388,14 +475,19 @@ inline void grad_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, con
     const Tail<T> tail(x, whole, n);
     T each[kLanes] = {}, last[kLanes];
     if constexpr (kEach) std::copy(upstream.each + whole, upstream.each + n, each);
-    poison = poison + grad_stretch<T, kClip, true, kEach>(tail.tokens(MaskKind::kFlags), 0, kLanes, {upstream.all, each}, range, last);
+    poison = poison + grad_stretch<T, kForm, true, kEach>(tail.tokens(MaskKind::kFlags, x), 0, kLanes, {upstream.all, each}, rule, last);
     std::copy(last, last + (n - whole), out + whole);
   }
   const double poisoned = sum(poison);
-  if (!kClip || poisoned == poisoned) return;
+  if (kForm != Form::kClipped || poisoned == poisoned) return;
   for (int64_t i = 0; i < n; ++i) {
     if (x.old[i] != x.old[i] && x.valid(i)) out[i] = x.old[i];
   }
+}
+
+template <typename T, Form kForm>
+inline void grad_tile(const Tokens<T>& x, const Occupancy& there, int64_t n, const Upstream<T>& upstream, const TokenRule<T>& rule, T* out) {
+  upstream.each != nullptr ? grad_tile<T, kForm, true>(x, there, n, upstream, rule, out) : grad_tile<T, kForm, false>(x, there, n, upstream, rule, out);
 }
 
 template <typename T>
@@ -433,10 +525,16 @@ void loss_backward(const ValueLossBackwardParams& p, const TileSpec& tile, T low
     x.mask = MaskKind::kFlags;
     x.flags = scratch.flags;
   }
-  if (p.clip) {
-    upstream.each != nullptr ? grad_tile<T, true, true>(x, there, n, upstream, low, high, out) : grad_tile<T, true, false>(x, there, n, upstream, low, high, out);
-  } else {
-    upstream.each != nullptr ? grad_tile<T, false, true>(x, there, n, upstream, low, high, out) : grad_tile<T, false, false>(x, there, n, upstream, low, high, out);
+  TokenRule<T> rule = {Vec<T>::all(low), Vec<T>::all(high), nullptr};
+  switch (form_of(p.options)) {
+    case Form::kPlain: grad_tile<T, Form::kPlain>(x, there, n, upstream, rule, out); break;
+    case Form::kClipped: grad_tile<T, Form::kClipped>(x, there, n, upstream, rule, out); break;
+    case Form::kOptions: {
+      const OptionLanes<T> options(p.options, p.loss_clamp);
+      rule.options = &options;
+      grad_tile<T, Form::kOptions>(x, there, n, upstream, rule, out);
+      break;
+    }
   }
   finish();
 }

@@ -33,9 +33,9 @@ struct Geometry {
 static_assert(Geometry::kMaxThreads % kWarp == 0 && Geometry::kMinThreads % kWarp == 0, "whole warps");
 
 // Packs that one thread has in flight: as many as leave the sums in registers. Columns keep sums for kVec rows, double needs twice the
-// registers.
-template <typename T, int kRows = 1>
-constexpr int kPacks = sizeof(T) == sizeof(float) ? (kRows == 1 ? 4 : 2) : (kRows == 1 ? 2 : 1);
+// registers, and options need some.
+template <typename T, int kRows = 1, Form kForm = Form::kClipped>
+constexpr int kPacks = (sizeof(T) == sizeof(float) ? 4 : 2) / (kRows == 1 && kForm != Form::kOptions ? 1 : 2);
 static_assert(Geometry::kFlushPasses * kPacks<float> < 256, "tokens per column are counted in bytes between two flushes");
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -111,25 +111,39 @@ __device__ __forceinline__ float is_different(float a, float b) {
   return x;
 }
 
-template <bool kClip, typename T>
-__device__ __forceinline__ TokenLoss<T> token_loss(T v, T old, T ret, T low, T high) {
-  return kClip ? clipped_value_loss(v, old, ret, low, high) : plain_value_loss(v, ret);
-}
+// What the loss of the tokens of one pack depends on, apart from themselves.
+template <typename T, Form kForm>
+struct Rule {
+  T low, high;
+
+  __device__ __forceinline__ TokenLoss<T> loss(int, T v, T old, T ret) const {
+    return kForm == Form::kClipped ? clipped_value_loss(v, old, ret, low, high) : plain_value_loss(v, ret);
+  }
+};
+template <typename T>
+struct Rule<T, Form::kOptions> {
+  Pack<T> low, high;
+  TokenOptions<T> options;
+
+  __device__ __forceinline__ TokenLossWithOptions<T> loss(int i, T v, T old, T ret) const {
+    return value_loss_with_options(v, old, ret, low.v[i], high.v[i], options);
+  }
+};
 
 // One pack into the sums. valid: a byte of 0 or 1 per token; kAll: all are 1 in the whole warp.
-template <bool kClip, bool kWeighted, bool kAll, typename T, int kRows>
+template <bool kWeighted, bool kAll, typename T, int kRows, Form kForm>
 __device__ __forceinline__ void accumulate(Sums<T, kRows>& a, const Pack<T>& values, const Pack<T>& old_values, const Pack<T>& returns,
-                                           const Pack<T>& weights, uint32_t valid, T low, T high) {
+                                           const Pack<T>& weights, uint32_t valid, const Rule<T, kForm>& rule) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     const T v = values.v[i], ret = returns.v[i], w = weights.v[i];
-    const TokenLoss<T> token = token_loss<kClip>(v, old_values.v[i], ret, low, high);
+    const auto token = rule.loss(i, v, old_values.v[i], ret);
     const T twice = token.twice(), dv = v - a.centre_value, dr = ret - a.centre_return, de = dr - dv;
     if (!kAll && (valid & 1u << (8 * i)) == 0) continue;
     const T wdv = kWeighted ? w * dv : dv, wdr = kWeighted ? w * dr : dr, wde = kWeighted ? w * de : de;
     a.loss[i % kRows] += kWeighted ? w * twice : twice;
     if constexpr (kWeighted) a.weight[i % kRows] += w;
-    if constexpr (kClip) {
+    if constexpr (kForm != Form::kPlain) {
       const T clipped = is_greater(token.clipped, token.unclipped), outside = is_different(token.vc, v);
       a.slot[kClippedSlot] += kWeighted ? w * clipped : clipped;
       a.slot[kOutsideSlot] += kWeighted ? w * outside : outside;
@@ -172,7 +186,7 @@ __device__ __forceinline__ void end_row(const ValueLossParams& p, int64_t row, T
 
 // --- loading a group of packs ------------------------------------------------------------------------------------------------
 
-enum TensorBit : unsigned { kValuesBit = 1, kOldValuesBit = 2, kReturnsBit = 4, kMaskBit = 8, kOutputBit = 16, kGradBit = 32 };
+enum TensorBit : unsigned { kValuesBit = 1, kOldValuesBit = 2, kReturnsBit = 4, kMaskBit = 8, kOutputBit = 16, kGradBit = 32, kLowBit = 64, kHighBit = 128 };
 
 // How the tensors of a launch may be accessed, by TensorBit. Anything else goes element by element.
 struct Access {
@@ -311,9 +325,44 @@ __device__ __forceinline__ Pack<T> load_weights(const Params& p, const At& at, i
   return unpack(fetch<T>(p.mask, rare.offset(p.mask, k), rare.element_stride(p.mask), live_bits(live), vec), p.mask.dtype);
 }
 
+// One bound of the clip range for pack k: read where it is used, for the same reason, or the one number.
+template <typename T, typename At>
+__device__ __forceinline__ Pack<T> load_bound(const Operand& x, T number, const At& at, int k, uint32_t live, const Access& access,
+                                              unsigned bit) {
+  if (x.data == nullptr) return {{number, number, number, number}};
+  const At rare = at.rare();
+  const bool vec = (access.aligned & bit) != 0;
+  return unpack(fetch<T>(x, rare.offset(x, k), rare.element_stride(x), live_bits(live), vec), x.dtype);
+}
+
+// What one launch's rules have in common.
+template <typename T, Form kForm>
+struct Rules {
+  T low, high;
+
+  __device__ __forceinline__ Rules(const LossOptions&, T low_, T high_, T) : low(low_), high(high_) {}
+  template <typename At>
+  __device__ __forceinline__ Rule<T, kForm> of_pack(const LossOptions&, const At&, int, uint32_t, const Access&) const {
+    return {low, high};
+  }
+};
+template <typename T>
+struct Rules<T, Form::kOptions> {
+  T low, high, limit;
+
+  __device__ __forceinline__ Rules(const LossOptions&, T low_, T high_, T limit_) : low(low_), high(high_), limit(limit_) {}
+  template <typename At>
+  __device__ __forceinline__ Rule<T, Form::kOptions> of_pack(const LossOptions& o, const At& at, int k, uint32_t live,
+                                                            const Access& access) const {
+    return {load_bound(o.clip_lows, low, at, k, live, access, kLowBit), load_bound(o.clip_highs, high, at, k, live, access, kHighBit),
+            TokenOptions<T>(o, limit)};
+  }
+};
+
 // Where a thread's packs lie in plain tensors (Access::direct).
-template <typename T, bool kClip>
+template <typename T, Form kForm>
 struct Cursor {
+  static constexpr bool kClip = kForm == Form::kClipped;
   const T *values, *old_values, *returns;
   const uint8_t* mask;  // where has_mask
   bool has_mask;
@@ -339,12 +388,13 @@ struct Cursor {
 };
 
 // The operands of a thread's packs. All loads are issued before the first is used.
-template <typename T, bool kClip, int K>
+template <typename T, Form kForm, int K>
 struct Tokens {
+  static constexpr bool kClip = kForm != Form::kPlain;  // there may be old values
   Pack<T> values[K], old_values[K], returns[K];
   uint32_t mask[K];  // a byte per token, not 0 where it is valid; of tokens that are not live, anything
 
-  __device__ __forceinline__ void load(const Cursor<T, kClip>& at) {
+  __device__ __forceinline__ void load(const Cursor<T, kForm>& at) {
     if (at.has_mask) {
 #pragma unroll
       for (int k = 0; k < K; ++k) load_pack(mask[k], at.mask + k * at.mask_step);
@@ -366,7 +416,7 @@ struct Tokens {
     if (mask_bytes) load_vectors<uint8_t>(mask, p.mask, at, live);
     issue(values, p.values, at, live, reach, access, kValuesBit);
     issue(returns, p.returns, at, live, reach, access, kReturnsBit);
-    if constexpr (kClip) issue(old_values, p.old_values, at, live, reach, access, kOldValuesBit);
+    if (kClip && (kForm == Form::kClipped || p.options.clip)) issue(old_values, p.old_values, at, live, reach, access, kOldValuesBit);
     if (p.mask.data != nullptr && !mask_bytes) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -377,11 +427,11 @@ struct Tokens {
     }
     widen(values, p.values, reach, access, kValuesBit);
     widen(returns, p.returns, reach, access, kReturnsBit);
-    if constexpr (kClip) widen(old_values, p.old_values, reach, access, kOldValuesBit);
+    if (kClip && (kForm == Form::kClipped || p.options.clip)) widen(old_values, p.old_values, reach, access, kOldValuesBit);
   }
 
-  __device__ __forceinline__ TokenLoss<T> loss(int k, int i, T low, T high) const {
-    return token_loss<kClip>(values[k].v[i], kClip ? old_values[k].v[i] : T(0), returns[k].v[i], low, high);
+  __device__ __forceinline__ auto loss(int k, int i, const Rule<T, kForm>& rule) const {
+    return rule.loss(i, values[k].v[i], kClip ? old_values[k].v[i] : T(0), returns[k].v[i]);
   }
 
   // A byte of 0 or 1 per token of pack k.
@@ -448,25 +498,33 @@ Scratch<T> carve(void* workspace, const ForwardPlan& plan) {
   return {reinterpret_cast<unsigned*>(at), warps, reinterpret_cast<RowPartial<T>*>(warps + num_warps(plan))};
 }
 
+// Twice the loss clamp; infinity without.
+template <typename T, Form kForm>
+__device__ __forceinline__ T loss_limit(const ValueLossParams& p) {
+  return kForm == Form::kOptions && p.options.clamp ? 2 * static_cast<T>(load_number(p.loss_clamp)) : T(INFINITY);
+}
+
 // kRows: as in Sums. kStep: as in Place. Its functions are for all lanes of the warp together.
-template <typename T, bool kClip, int kRows, int kStep>
+template <typename T, Form kForm, int kRows, int kStep>
 struct Walker {
-  static constexpr int K = kPacks<T, kRows>;
+  static constexpr int K = kPacks<T, kRows, kForm>;
   using At = Place<(kRows > 1), kStep>;
-  using Packs = Tokens<T, kClip, K>;
+  using Packs = Tokens<T, kForm, K>;
   const ValueLossParams& p;
   const ForwardPlan& plan;
   T* scratch;  // for warp_sum_slots
   Sums<T, kRows> sums;
   double total = 0;  // of the lane's slot: what was flushed
-  T low, high;
+  Rules<T, kForm> rules;
   bool weighted, per_token, row_means;  // row_means: the sums of single rows are needed
   int passes = 0;  // since the last flush
 
   __device__ __forceinline__ Walker(const ValueLossParams& params, const ForwardPlan& plan_, T* warp_scratch)
-      : p(params), plan(plan_), scratch(warp_scratch) {
-    low = kClip ? static_cast<T>(load_number(p.clip_low)) : T(0);
-    high = kClip ? static_cast<T>(load_number(p.clip_high)) : T(0);
+      : p(params),
+        plan(plan_),
+        scratch(warp_scratch),
+        rules(params.options, kForm != Form::kPlain ? static_cast<T>(load_number(params.clip_low)) : T(0),
+              kForm != Form::kPlain ? static_cast<T>(load_number(params.clip_high)) : T(0), loss_limit<T, kForm>(params)) {
     weighted = is_weighted(p.mask);
     per_token = p.reduction == Reduction::kNone;
     row_means = p.reduction == Reduction::kSeqMeanTokenMean;
@@ -475,7 +533,8 @@ struct Walker {
   // `count` passes over whole packs of plain tensors, side by side from `at` on. They have code of their own, in which a load's registers
   // are known: were the paths to meet behind the loads, each register would be moved.
   __device__ __forceinline__ void direct_passes(At at, int count) {
-    Cursor<T, kClip> cursor(p, at);
+    Cursor<T, kForm> cursor(p, at);
+    const Rule<T, kForm> rule = {rules.low, rules.high};
     for (; count > 0; --count, cursor.advance(K)) {
       make_room();
       Packs tokens;
@@ -486,14 +545,14 @@ struct Walker {
         sums.valid_bytes += K * kAllValid;
         sums.seen = kAllValid;
 #pragma unroll
-        for (int k = 0; k < K; ++k) accumulate_pack<false, true>(tokens, k, kAllValid, {});
+        for (int k = 0; k < K; ++k) accumulate_pack<false, true>(tokens, k, kAllValid, {}, rule);
       } else {
 #pragma unroll
-        for (int k = 0; k < K; ++k) masked_pack<false>(tokens, k, tokens.valid(k, kAllValid), {});
+        for (int k = 0; k < K; ++k) masked_pack<false>(tokens, k, tokens.valid(k, kAllValid), {}, rule);
       }
       if (per_token) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) store(tokens, at, k, kAllValid, all_valid ? kAllValid : tokens.valid(k, kAllValid), {});
+        for (int k = 0; k < K; ++k) store(tokens, at, k, kAllValid, all_valid ? kAllValid : tokens.valid(k, kAllValid), {}, rule);
         at.time += K * at.step();
       }
     }
@@ -508,14 +567,15 @@ struct Walker {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const uint32_t valid = tokens.valid(k, live[k]);
+      const Rule<T, kForm> rule = rules.of_pack(p.options, at, k, live[k], plan.access);
       Pack<T> weights = {};
       if (weighted) {
         weights = load_weights<T>(p, at, k, live[k], plan.access);
-        masked_pack<true>(tokens, k, valid, weights);
+        masked_pack<true>(tokens, k, valid, weights, rule);
       } else {
-        masked_pack<false>(tokens, k, valid, weights);
+        masked_pack<false>(tokens, k, valid, weights, rule);
       }
-      if (per_token) store(tokens, at, k, live[k], valid, weights);
+      if (per_token) store(tokens, at, k, live[k], valid, weights, rule);
     }
   }
 
@@ -537,29 +597,32 @@ struct Walker {
   }
 
   template <bool kWeighted>
-  __device__ __forceinline__ void masked_pack(const Packs& tokens, int k, uint32_t valid, const Pack<T>& weights) {
+  __device__ __forceinline__ void masked_pack(const Packs& tokens, int k, uint32_t valid, const Pack<T>& weights,
+                                              const Rule<T, kForm>& rule) {
     if (__all_sync(kAllLanes, valid == 0)) return;
     if (!sums.centred) choose_centre(tokens.values[k], tokens.returns[k], valid);
     sums.valid_bytes += valid;
     sums.seen |= valid;
     if (!kWeighted && __all_sync(kAllLanes, valid == kAllValid)) {
-      accumulate_pack<false, true>(tokens, k, valid, weights);
+      accumulate_pack<false, true>(tokens, k, valid, weights, rule);
     } else {
-      accumulate_pack<kWeighted, false>(tokens, k, valid, weights);
+      accumulate_pack<kWeighted, false>(tokens, k, valid, weights, rule);
     }
   }
 
   template <bool kWeighted, bool kAll>
-  __device__ __forceinline__ void accumulate_pack(const Packs& x, int k, uint32_t valid, const Pack<T>& weights) {
-    accumulate<kClip, kWeighted, kAll>(sums, x.values[k], x.old_values[k], x.returns[k], weights, valid, low, high);
+  __device__ __forceinline__ void accumulate_pack(const Packs& x, int k, uint32_t valid, const Pack<T>& weights,
+                                                  const Rule<T, kForm>& rule) {
+    accumulate<kWeighted, kAll>(sums, x.values[k], x.old_values[k], x.returns[k], weights, valid, rule);
   }
 
   // kNone: the losses of pack k, computed once more rather than kept.
-  __device__ __forceinline__ void store(const Packs& tokens, const At& at, int k, uint32_t live, uint32_t valid, const Pack<T>& weights) {
+  __device__ __forceinline__ void store(const Packs& tokens, const At& at, int k, uint32_t live, uint32_t valid, const Pack<T>& weights,
+                                        const Rule<T, kForm>& rule) {
     Pack<T> losses;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const T twice = tokens.loss(k, i, low, high).twice();
+      const T twice = tokens.loss(k, i, rule).twice();
       losses.v[i] = (valid & 1u << (8 * i)) != 0 ? T(0.5) * (weighted ? weights.v[i] * twice : twice) : T(0);
     }
     Output x = p.tokens;
@@ -616,9 +679,9 @@ __device__ __forceinline__ void clear_tokens(const Output& x, int64_t first, int
 }
 
 // Rows along time: `lanes` lanes of a warp share a row, or a part of one. kStep: all lanes do.
-template <typename T, bool kClip, int kStep>
-__device__ __forceinline__ void walk_rows(Walker<T, kClip, 1, kStep>& walker, RowPartial<T>* row_partials) {
-  constexpr int K = kPacks<T>;
+template <typename T, Form kForm, int kStep>
+__device__ __forceinline__ void walk_rows(Walker<T, kForm, 1, kStep>& walker, RowPartial<T>* row_partials) {
+  constexpr int K = kPacks<T, 1, kForm>;
   const ValueLossParams& p = walker.p;
   const ForwardPlan& plan = walker.plan;
   const Layout& layout = p.layout;
@@ -655,14 +718,16 @@ __device__ __forceinline__ void walk_rows(Walker<T, kClip, 1, kStep>& walker, Ro
     walker.begin_rows();
     for (int base = 0; __any_sync(kAllLanes, base < last);) {
       const int token = base + kVec * lane;
-      const typename Walker<T, kClip, 1, kStep>::At at = {packed ? 0 : row, segment.start + origin + token, kVec * lanes, 0};
+      const typename Walker<T, kForm, 1, kStep>::At at = {packed ? 0 : row, segment.start + origin + token, kVec * lanes, 0};
       const int whole = base >= first ? (last - base) / pass_tokens : 0;  // passes that begin here
-      // In double the second copy of the pass would take more registers than there are.
-      if (sizeof(T) == sizeof(float) && plan.access.direct && __all_sync(kAllLanes, whole > 0)) {
-        const int run = kStep != 0 ? whole : 1;  // the other rows of the warp may be shorter
-        walker.direct_passes(at, run);
-        base += run * pass_tokens;
-        continue;
+      // In double the second copy of the pass would take more registers than there are, with options too.
+      if constexpr (sizeof(T) == sizeof(float) && kForm != Form::kOptions) {
+        if (plan.access.direct && __all_sync(kAllLanes, whole > 0)) {
+          const int run = kStep != 0 ? whole : 1;  // the other rows of the warp may be shorter
+          walker.direct_passes(at, run);
+          base += run * pass_tokens;
+          continue;
+        }
       }
       const bool inner = packed ? segment.start >= kVec && segment.start + segment.length + kVec <= layout.seq_len
                                 : row > 0 && row + 1 < layout.num_seqs;
@@ -697,9 +762,9 @@ __device__ __forceinline__ void walk_rows(Walker<T, kClip, 1, kStep>& walker, Ro
 }
 
 // Time-major: a tile is kVec * lanes columns; the other threads of the block take every further time step.
-template <typename T, bool kClip>
-__device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec, 0>& walker, RowPartial<T>* row_partials) {
-  constexpr int K = kPacks<T, kVec>;
+template <typename T, Form kForm>
+__device__ __forceinline__ void walk_columns(Walker<T, kForm, kVec, 0>& walker, RowPartial<T>* row_partials) {
+  constexpr int K = kPacks<T, kVec, kForm>;
   constexpr int kTile = kVec * kWarp, kWarps = Geometry::kMaxThreads / kWarp;
   __shared__ T tile_loss[kWarps][kTile], tile_weight[kWarps][kTile];
   __shared__ uint8_t tile_seen[kWarps][kTile];
@@ -723,9 +788,12 @@ __device__ __forceinline__ void walk_columns(Walker<T, kClip, kVec, 0>& walker, 
     for (int i = 0; i < kVec; ++i) live_columns |= column + my_column + i * column_step < columns ? 1u << (8 * i) : 0u;
 
     walker.begin_rows();
-    const bool whole_tile = plan.access.direct && column + tile <= columns && stop > start;
-    const int direct = whole_tile ? static_cast<int>((stop - start) / (K * time_lanes)) : 0;
-    walker.direct_passes({column + my_column, start + time_lane, time_lanes, column_step}, direct);
+    int direct = 0;
+    if constexpr (kForm != Form::kOptions) {
+      const bool whole_tile = plan.access.direct && column + tile <= columns && stop > start;
+      direct = whole_tile ? static_cast<int>((stop - start) / (K * time_lanes)) : 0;
+      walker.direct_passes({column + my_column, start + time_lane, time_lanes, column_step}, direct);
+    }
     for (int64_t base = start + static_cast<int64_t>(direct) * (K * time_lanes); base < stop; base += K * time_lanes) {
       uint32_t live[K];
       bool whole = true;
@@ -860,8 +928,8 @@ __device__ __forceinline__ void add_uncentred(double& sum, double& sum_sq, doubl
 
 // Every warp leaves its partial; the block that finishes last combines them in a fixed order and writes moments, loss and residuals.
 // warp_scratch: for warp_sum_slots of double.
-template <typename T, bool kClip, int kRows, int kStep>
-__device__ __forceinline__ void finish(Walker<T, kClip, kRows, kStep>& walker, const Scratch<T>& scratch, double* warp_scratch) {
+template <typename T, Form kForm, int kRows, int kStep>
+__device__ __forceinline__ void finish(Walker<T, kForm, kRows, kStep>& walker, const Scratch<T>& scratch, double* warp_scratch) {
   __shared__ FinishStorage storage;
   const ValueLossParams& p = walker.p;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
@@ -928,8 +996,9 @@ __device__ __forceinline__ void finish(Walker<T, kClip, kRows, kStep>& walker, c
   const double scale = denominator != 0 ? factor / denominator : 0.0;
   if (p.reduction != Reduction::kNone) *static_cast<T*>(p.loss) = denominator != 0 ? static_cast<T>(numerator * scale) : T(0);
   p.residuals[kScale] = scale;
-  p.residuals[kClipLow] = walker.low;
-  p.residuals[kClipHigh] = walker.high;
+  p.residuals[kClipLow] = walker.rules.low;
+  p.residuals[kClipHigh] = walker.rules.high;
+  if (kForm == Form::kOptions && p.options.clamp) *p.clamp_residual = load_number(p.loss_clamp);
 }
 
 // How threads go through the tokens.
@@ -939,20 +1008,32 @@ enum class Walk {
   kColumns,    // threads across sequences
 };
 
-// Without clipping old_values are not read: less traffic and fewer registers, hence a template argument.
-template <typename T, bool kClip, Walk kWalk>
-__global__ void __launch_bounds__(Geometry::kMaxThreads, 2)
-value_loss_kernel(const ValueLossParams p, const ForwardPlan plan, const Scratch<T> scratch) {
+template <typename T, Form kForm, Walk kWalk>
+__device__ __forceinline__ void value_loss_block(const ValueLossParams& p, const ForwardPlan& plan, const Scratch<T>& scratch) {
   __shared__ __align__(16) double scratch_of_warp[Geometry::kMaxThreads / kWarp][kSlotScratch<double>];
   double* warp_scratch = scratch_of_warp[threadIdx.x / kWarp];
   constexpr int kRows = kWalk == Walk::kColumns ? kVec : 1, kStep = kWalk == Walk::kLongRows ? kVec * kWarp : 0;
-  Walker<T, kClip, kRows, kStep> walker(p, plan, reinterpret_cast<T*>(warp_scratch));
+  Walker<T, kForm, kRows, kStep> walker(p, plan, reinterpret_cast<T*>(warp_scratch));
   if constexpr (kWalk == Walk::kColumns) {
     walk_columns(walker, scratch.rows);
   } else {
     walk_rows(walker, scratch.rows);
   }
   finish(walker, scratch, warp_scratch);
+}
+
+// Without clipping old_values are not read: less traffic and fewer registers, hence a template argument.
+template <typename T, bool kClip, Walk kWalk>
+__global__ void __launch_bounds__(Geometry::kMaxThreads, 2)
+value_loss_kernel(const ValueLossParams p, const ForwardPlan plan, const Scratch<T> scratch) {
+  value_loss_block<T, kClip ? Form::kClipped : Form::kPlain, kWalk>(p, plan, scratch);
+}
+
+// With options (Form::kOptions). They are numbers and branches that are the same for a whole launch; rows of any length share one kernel.
+template <typename T, Walk kWalk>
+__global__ void __launch_bounds__(Geometry::kMaxThreads, 2)
+value_loss_options_kernel(const ValueLossParams p, const ForwardPlan plan, const Scratch<T> scratch) {
+  value_loss_block<T, Form::kOptions, kWalk>(p, plan, scratch);
 }
 
 // --- host: plans -------------------------------------------------------------------------------------------------------------
@@ -1025,7 +1106,8 @@ ForwardPlan plan_forward(const ValueLossParams& p) {
   const Output& tokens = p.reduction == Reduction::kNone ? p.tokens : none;
   const Lines all[] = {lines_of(p.values, kValuesBit, packed, plan.columns), lines_of(p.old_values, kOldValuesBit, packed, plan.columns),
                        lines_of(p.returns, kReturnsBit, packed, plan.columns), lines_of(p.mask, kMaskBit, packed, plan.columns),
-                       lines_of(tokens, kOutputBit, packed, plan.columns)};
+                       lines_of(p.options.clip_lows, kLowBit, packed, plan.columns),
+                       lines_of(p.options.clip_highs, kHighBit, packed, plan.columns), lines_of(tokens, kOutputBit, packed, plan.columns)};
   const int64_t tokens_in_all = packed ? l.seq_len : l.num_seqs * l.seq_len;
   const int64_t warps_wanted = std::min(ceil_div(tokens_in_all, Geometry::kWarpTokens), Geometry::kMaxWarps);
   if (plan.columns) {
@@ -1063,6 +1145,15 @@ ForwardPlan plan_forward(const ValueLossParams& p) {
   return plan;
 }
 
+template <typename T>
+void launch_with_options(const ValueLossParams& p, const ForwardPlan& plan, const Scratch<T>& scratch, cudaStream_t stream) {
+  if (plan.columns) {
+    value_loss_options_kernel<T, Walk::kColumns><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
+  } else {
+    value_loss_options_kernel<T, Walk::kShortRows><<<plan.blocks, plan.threads, 0, stream>>>(p, plan, scratch);
+  }
+}
+
 template <typename T, bool kClip>
 void launch_forward(const ValueLossParams& p, const ForwardPlan& plan, const Scratch<T>& scratch, cudaStream_t stream) {
   if (plan.columns) {
@@ -1098,10 +1189,10 @@ void launch_value_loss(const ValueLossParams& p, void* workspace, cudaStream_t s
   // would have to outlive the call: then launches on two streams, or replays of graphs that captured it, would count each other's blocks.
   // One block needs no ticket.
   if (plan.blocks > 1) cudaMemsetAsync(scratch.ticket, 0, sizeof(*scratch.ticket), stream);
-  if (p.clip) {
-    launch_forward<T, true>(p, plan, scratch, stream);
-  } else {
-    launch_forward<T, false>(p, plan, scratch, stream);
+  switch (form_of(p.options)) {
+    case Form::kPlain: launch_forward<T, false>(p, plan, scratch, stream); break;
+    case Form::kClipped: launch_forward<T, true>(p, plan, scratch, stream); break;
+    case Form::kOptions: launch_with_options<T>(p, plan, scratch, stream); break;
   }
 }
 
@@ -1140,10 +1231,15 @@ __device__ __forceinline__ int64_t find_segment(const Layout& l, int64_t token) 
   return segment_bound(l, low) <= token && token < segment_bound(l, low + 1) ? low : -1;
 }
 
+template <typename T, Form kForm>
+__device__ __forceinline__ T loss_limit(const ValueLossBackwardParams& p) {
+  return kForm == Form::kOptions && p.options.clamp ? 2 * static_cast<T>(*p.loss_clamp) : T(INFINITY);
+}
+
 // Elementwise: grad = grad_loss * scale * w * dl/dv, one pass of packs per group of lanes.
-template <typename T, bool kClip>
-__global__ void __launch_bounds__(Geometry::kBackwardThreads, 4)
-value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan plan) {
+template <typename T, Form kForm>
+__device__ __forceinline__ void value_loss_backward_block(const ValueLossBackwardParams& p, const BackwardPlan& plan) {
+  constexpr bool kClip = kForm != Form::kPlain;
   constexpr int K = kPacks<T>;
   const Layout& layout = p.layout;
   const bool packed = layout.cu_seqlens != nullptr;
@@ -1165,29 +1261,33 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
     head = plan.residual_vectors ? __ldg(reinterpret_cast<const double2*>(p.residuals)) : double2{p.residuals[kScale], p.residuals[kClipLow]};
   }
   const T low = static_cast<T>(head.y), high = kClip ? static_cast<T>(p.residuals[kClipHigh]) : T(0);
+  const Rules<T, kForm> rules(p.options, low, high, loss_limit<T, kForm>(p));
   double scale = head.x;
   if (one_grad) scale *= load<double>(p.grad_loss.data, p.grad_loss.dtype, 0);
   if (p.seq_scale && !packed && !plan.across_seqs) scale *= p.residuals[kSeqScale + row];
   const T row_scale = static_cast<T>(scale);
 
   const Place<false> at = {row, first, pack_step, 0};
-  Tokens<T, kClip, K> tokens;
-  if (plan.plain && full && base >= segments_begin && base + K * pack_step <= segments_end) {
-    tokens.load(Cursor<T, kClip>(p, at));
-    const bool has_mask = p.mask.data != nullptr;
-    T* out = static_cast<T*>(p.grad_values.data) + at.vector_offset(p.grad_values);
+  Tokens<T, kForm, K> tokens;
+  if constexpr (kForm != Form::kOptions) {
+    if (plan.plain && full && base >= segments_begin && base + K * pack_step <= segments_end) {
+      tokens.load(Cursor<T, kForm>(p, at));
+      const bool has_mask = p.mask.data != nullptr;
+      const Rule<T, kForm> rule = {low, high};
+      T* out = static_cast<T*>(p.grad_values.data) + at.vector_offset(p.grad_values);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      Pack<T> grad;
+      for (int k = 0; k < K; ++k) {
+        Pack<T> grad;
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) grad.v[i] = row_scale * tokens.loss(k, i, low, high).grad();
-      if (has_mask) {
+        for (int i = 0; i < kVec; ++i) grad.v[i] = row_scale * tokens.loss(k, i, rule).grad();
+        if (has_mask) {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) grad.v[i] = (tokens.mask[k] & 0xffu << (8 * i)) != 0 ? grad.v[i] : T(0);
+          for (int i = 0; i < kVec; ++i) grad.v[i] = (tokens.mask[k] & 0xffu << (8 * i)) != 0 ? grad.v[i] : T(0);
+        }
+        store_vector(out + k * pack_step, grad);
       }
-      store_vector(out + k * pack_step, grad);
+      return;
     }
-    return;
   }
 
   uint32_t live[K];
@@ -1202,6 +1302,7 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     uint32_t valid = tokens.valid(k, live[k]);
+    const Rule<T, kForm> rule = rules.of_pack(p.options, at, k, live[k], plan.access);
     Pack<T> factor, out;  // d(sum of grad_loss * loss) / d(l)
 #pragma unroll
     for (int i = 0; i < kVec; ++i) factor.v[i] = one_grad ? row_scale : row_scale * grad[k].v[i];
@@ -1223,11 +1324,23 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      out.v[i] = (valid & 1u << (8 * i)) != 0 ? factor.v[i] * tokens.loss(k, i, low, high).grad() : T(0);
+      out.v[i] = (valid & 1u << (8 * i)) != 0 ? factor.v[i] * tokens.loss(k, i, rule).grad() : T(0);
     }
     const Output& x = p.grad_values;
     store4(x, at.offset(x, k), out, live_bits(live[k]), (plan.access.aligned & kOutputBit) != 0);
   }
+}
+
+template <typename T, bool kClip>
+__global__ void __launch_bounds__(Geometry::kBackwardThreads, 4)
+value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan plan) {
+  value_loss_backward_block<T, kClip ? Form::kClipped : Form::kPlain>(p, plan);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(Geometry::kBackwardThreads, 3)
+value_loss_options_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan plan) {
+  value_loss_backward_block<T, Form::kOptions>(p, plan);
 }
 
 // One order in which all tensors are dense, so that they can be walked as one row.
@@ -1252,9 +1365,11 @@ BackwardPlan plan_backward(ValueLossBackwardParams& p) {
     std::swap(plan.rows, plan.length);
     p.values = exchanged(p.values), p.old_values = exchanged(p.old_values), p.returns = exchanged(p.returns), p.mask = exchanged(p.mask);
     p.grad_loss = exchanged(p.grad_loss), p.grad_values = exchanged(p.grad_values);
+    p.options.clip_lows = exchanged(p.options.clip_lows), p.options.clip_highs = exchanged(p.options.clip_highs);
   }
   const Lines all[] = {lines_of(p.values, kValuesBit, false), lines_of(p.old_values, kOldValuesBit, false),
                        lines_of(p.returns, kReturnsBit, false), lines_of(p.mask, kMaskBit, false), lines_of(p.grad_loss, kGradBit, false),
+                       lines_of(p.options.clip_lows, kLowBit, false), lines_of(p.options.clip_highs, kHighBit, false),
                        lines_of(p.grad_values, kOutputBit, false)};
   bool flat = !p.seq_scale;
   for (const Lines& x : all) flat = flat && flattens(x, plan.length);
@@ -1277,10 +1392,10 @@ void launch_value_loss_backward(const ValueLossBackwardParams& params, cudaStrea
   ValueLossBackwardParams p = params;
   const BackwardPlan plan = plan_backward<T>(p);
   const int64_t blocks = ceil_div(plan.rows * plan.parts, Geometry::kBackwardThreads / plan.lanes);
-  if (p.clip) {
-    value_loss_backward_kernel<T, true><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan);
-  } else {
-    value_loss_backward_kernel<T, false><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan);
+  switch (form_of(p.options)) {
+    case Form::kPlain: value_loss_backward_kernel<T, false><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan); break;
+    case Form::kClipped: value_loss_backward_kernel<T, true><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan); break;
+    case Form::kOptions: value_loss_options_backward_kernel<T><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan); break;
   }
 }
 

@@ -7,7 +7,7 @@ import torch
 from ._overloads import by_name
 from .stats import NUM_MOMENTS
 
-_RESIDUALS = 3  # scale, clip_low, clip_high; then one factor per sequence for seq-mean-token-mean
+_RESIDUALS = 3  # scale, clip_low, clip_high; then one factor per sequence for seq-mean-token-mean; then a loss_clamp that is given
 
 
 def _num_sequences(reference, cu_seqlens, time_dim):
@@ -38,17 +38,24 @@ def _accumulation_type(*tensors):
 
 
 def _value_loss(
-    values, old_values, returns, mask=None, cu_seqlens=None, *, clip_low=None, clip_high=None, clip=True, reduction="token-mean",
-    batch_num_tokens=None, global_batch_size=None, dp_size=1.0, loss_scale_factor=None, time_dim=-1,
+    values, old_values, returns, mask=None, cu_seqlens=None, *, clip_low=None, clip_high=None, clip=True, criterion="mse", delta=1.0,
+    clip_only=False, loss_clamp=None, reduction="token-mean", batch_num_tokens=None, global_batch_size=None, dp_size=1.0,
+    loss_scale_factor=None, time_dim=-1,
 ):  # fmt: skip
-    _check_shapes("value_loss", "values", values, old_values=old_values if clip else None, returns=returns, mask=mask)
-    dtype = _accumulation_type(values, old_values if clip else None, returns)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high} if clip else {}
+    bounds = {name: x for name, x in bounds.items() if isinstance(x, torch.Tensor) and x.dim() > 0}
+    _check_shapes("value_loss", "values", values, old_values=old_values if clip else None, returns=returns, mask=mask, **bounds)
+    dtype = _accumulation_type(values, old_values if clip else None, returns, *bounds.values())
     loss = torch.empty_like(values, dtype=dtype) if reduction == "none" else values.new_empty((), dtype=dtype)
-    factors = _num_sequences(values, cu_seqlens, time_dim) if reduction == "seq-mean-token-mean" else 0
-    return loss, values.new_empty(NUM_MOMENTS, dtype=torch.float64), values.new_empty(_RESIDUALS + factors, dtype=torch.float64)
+    residuals = _RESIDUALS + (loss_clamp is not None)
+    residuals += _num_sequences(values, cu_seqlens, time_dim) if reduction == "seq-mean-token-mean" else 0
+    return loss, values.new_empty(NUM_MOMENTS, dtype=torch.float64), values.new_empty(residuals, dtype=torch.float64)
 
 
-def _value_loss_backward(grad_loss, values, old_values, returns, mask, cu_seqlens, residuals, *, clip, reduction, time_dim):
+def _value_loss_backward(
+    grad_loss, values, old_values, returns, mask, cu_seqlens, residuals, clip_low=None, clip_high=None, *, clip, reduction, time_dim,
+    criterion="mse", delta=1.0, clip_only=False, clamp=False,
+):  # fmt: skip
     return torch.empty_like(values)
 
 

@@ -83,45 +83,75 @@ class _Sequences:
         return first
 
 
-def _token_losses(values, old_values, returns, mask, low, high, clip, dtype):
+def _criterion(name: str, delta: float):
+    """The criterion of a difference and its derivative."""
+    if name not in ("mse", "huber", "smooth_l1", "l1"):
+        raise ValueError(f"fused_critic.value_loss: criterion: expected one of mse, huber, smooth_l1, l1, got {name!r}")
+    if name == "mse":
+        return lambda d: 0.5 * d * d, lambda d: d
+    if name == "l1":
+        return torch.abs, torch.sgn
+    if not 0 < delta < float("inf"):
+        raise ValueError(f"fused_critic.value_loss: delta: expected a positive, finite number for {name}, got {delta}")
+    scale = 1.0 if name == "huber" else 1 / delta
+
+    def loss(d):
+        near = d.clamp(-delta, delta)
+        return scale * near * (d - 0.5 * near)
+
+    return loss, lambda d: scale * d.clamp(-delta, delta)
+
+
+def _token_losses(values, old_values, returns, mask, low, high, clip, criterion, delta, clip_only, loss_clamp, dtype):
     """Weight, value, return, loss, gradient, clipped and outside flags per token; zeros at masked tokens."""
     weight = (
         torch.ones_like(values, dtype=dtype) if mask is None else (mask.to(dtype) if mask.is_floating_point() else (mask != 0).to(dtype))
     )
     valid = weight != 0
     v, ret = (torch.where(valid, x.to(dtype), 0) for x in (values, returns))
+    criterion_of, derivative_of = _criterion(criterion, delta)
     error = v - ret
-    loss = 0.5 * error * error
-    gradient = error
+    loss, gradient = criterion_of(error), derivative_of(error)
     clipped = outside = torch.zeros_like(valid)
     if clip:
-        old = torch.where(valid, old_values.to(dtype), 0)
-        lower, upper = old + low.to(dtype), old + high.to(dtype)
+        old, low, high = (torch.where(valid, x.to(dtype), 0) for x in (old_values, low, high))
+        lower, upper = old + low, old + high
         inside = torch.minimum(torch.maximum(v, lower), upper)
-        clipped_error = inside - ret
-        clipped_loss = 0.5 * clipped_error * clipped_error
+        clipped_loss = criterion_of(inside - ret)
         clipped = clipped_loss > loss
         outside = (v < lower) | (v > upper)
-        poison = torch.where(lower.isnan(), lower, 0)
-        gradient = torch.where(clipped, 0, gradient) + poison
-        loss = torch.where(clipped, clipped_loss, loss) + poison
+        poison = torch.where(inside.isnan(), inside, 0)
+        loss = (clipped_loss if clip_only else torch.where(clipped, clipped_loss, loss)) + poison
+        gradient = torch.where(outside if clip_only else clipped, 0, gradient) + poison
+    if loss_clamp is not None:
+        limit = loss_clamp.to(dtype)
+        gradient = torch.where(loss > limit, 0, gradient)
+        loss = torch.minimum(loss, limit)
     return weight, v, ret, loss, gradient, clipped & valid, outside & valid
 
 
 def _value_loss(
-    values, old_values, returns, mask=None, cu_seqlens=None, *, clip_low=-0.2, clip_high=0.2, clip=True, reduction="token-mean",
-    batch_num_tokens=None, global_batch_size=None, dp_size=1.0, loss_scale_factor=None, time_dim=-1,
+    values, old_values, returns, mask=None, cu_seqlens=None, *, clip_low=-0.2, clip_high=0.2, clip=True, criterion="mse", delta=1.0,
+    clip_only=False, loss_clamp=None, reduction="token-mean", batch_num_tokens=None, global_batch_size=None, dp_size=1.0,
+    loss_scale_factor=None, time_dim=-1,
 ):  # fmt: skip
     _warn_once("value_loss", values)
-    _check("value_loss", "values", values, old_values=old_values if clip else None, returns=returns, mask=mask)
-    wide = torch.float64 if torch.float64 in (values.dtype, returns.dtype, old_values.dtype if clip else None) else torch.float32
+    bounds = {"clip_low": clip_low, "clip_high": clip_high} if clip else {}
+    bounds = {name: x for name, x in bounds.items() if isinstance(x, Tensor) and x.dim() > 0}
+    _check("value_loss", "values", values, old_values=old_values if clip else None, returns=returns, mask=mask, **bounds)
+    dtypes = (values.dtype, returns.dtype, old_values.dtype if clip else None, *(x.dtype for x in bounds.values()))
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
     double = _moment_type(values)
 
     def scalar(x):
         return torch.as_tensor(0.0 if x is None else x, dtype=double, device=values.device)
 
-    low, high = scalar(clip_low), scalar(clip_high)
-    weight, v, ret, loss, _, clipped, outside = _token_losses(values, old_values, returns, mask, low, high, clip, wide)
+    low, high = (scalar(0.0 if name in bounds else x) for name, x in (("clip_low", clip_low), ("clip_high", clip_high)))
+    clamp = None if loss_clamp is None else scalar(loss_clamp)
+    weight, v, ret, loss, _, clipped, outside = _token_losses(
+        values, old_values, returns, mask, bounds.get("clip_low", low), bounds.get("clip_high", high), clip, criterion, delta, clip_only,
+        clamp, wide,
+    )  # fmt: skip
     seqs = _Sequences(values, cu_seqlens, time_dim)
     weight, v, ret, wide_loss = (x.to(double) for x in (weight, v, ret, loss))
     weighted = weight * wide_loss
@@ -155,12 +185,18 @@ def _value_loss(
         scale, out = torch.ones_like(scale), (torch.where(valid, weighted, 0)).to(wide)
     else:
         out = torch.where(scale == 0, 0.0, total * scale).to(wide)
-    return out, stats, torch.cat([torch.stack([scale, low, high]), factors])
+    return out, stats, torch.cat([torch.stack([scale, low, high]), factors, *([] if clamp is None else [clamp.reshape(1)])])
 
 
-def _value_loss_backward(grad_loss, values, old_values, returns, mask, cu_seqlens, residuals, *, clip, reduction, time_dim):
+def _value_loss_backward(
+    grad_loss, values, old_values, returns, mask, cu_seqlens, residuals, clip_low=None, clip_high=None, *, clip, reduction, time_dim,
+    criterion="mse", delta=1.0, clip_only=False, clamp=False,
+):  # fmt: skip
     _warn_once("value_loss", values)
-    weight, _, _, _, gradient, _, _ = _token_losses(values, old_values, returns, mask, residuals[1], residuals[2], clip, grad_loss.dtype)
+    low, high = (residuals[i] if x is None else x for i, x in ((1, clip_low), (2, clip_high)))
+    weight, _, _, _, gradient, _, _ = _token_losses(
+        values, old_values, returns, mask, low, high, clip, criterion, delta, clip_only, residuals[-1] if clamp else None, grad_loss.dtype
+    )
     upstream = grad_loss.to(residuals.dtype) * residuals[0]
     if reduction == "seq-mean-token-mean":
         upstream = upstream * residuals[3:][_Sequences(values, cu_seqlens, time_dim).index]

@@ -8,13 +8,14 @@ def by_name(value_loss, value_loss_backward, gae, gae_backward):
 
     def value_loss_tensor(
         values, old_values, returns, mask=None, cu_seqlens=None,
-        clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, **options,
+        clip_low=None, clip_high=None, batch_num_tokens=None, global_batch_size=None, loss_clamp=None, **options,
     ):  # fmt: skip
         numbers = {
             "clip_low": clip_low,
             "clip_high": clip_high,
             "batch_num_tokens": batch_num_tokens,
             "global_batch_size": global_batch_size,
+            "loss_clamp": loss_clamp,
         }
         return value_loss(values, old_values, returns, mask, cu_seqlens, **numbers, **options)
 

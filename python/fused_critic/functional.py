@@ -23,6 +23,7 @@ def _keyword_defaults(operator) -> dict:
 
 # Keywords at their default are not passed on: parsing them would cost more than the operator's whole call.
 _VALUE_LOSS_DEFAULTS = _keyword_defaults(_value_loss)
+_VALUE_LOSS_VALUES = tuple(_VALUE_LOSS_DEFAULTS.values())
 _GAE_DEFAULTS = _keyword_defaults(_gae)
 
 
@@ -46,9 +47,11 @@ def value_loss(
     returns: Tensor,
     mask: Tensor | None = None,
     *,
-    clip_range: Number | tuple[Number, Number] | None = 0.2,
+    clip_range: Number | Tensor | tuple[Number, Number] | None = 0.2,
     criterion: str = "mse",
-    delta: float = 1.0,
+    delta: float = 1,
+    clip_only: bool = False,
+    loss_clamp: Number | None = None,
     reduction: str = "token-mean",
     batch_num_tokens: Number | None = None,
     global_batch_size: Number | None = None,
@@ -59,14 +62,14 @@ def value_loss(
 ) -> ValueLossOutput:
     r"""Masked clipped value loss of PPO, with its statistics, in one pass; differentiable in ``values``.
 
-    Per token, with :math:`v` = ``values``, :math:`o` = ``old_values``, :math:`R` = ``returns`` and
-    :math:`v_c = \min(\max(v, o + low), o + high)`:
+    Per token, with :math:`v` = ``values``, :math:`o` = ``old_values``, :math:`R` = ``returns``,
+    :math:`v_c = \min(\max(v, o + low), o + high)` and the criterion :math:`c`, by default :math:`c(d) = \tfrac12 d^2`:
 
-    .. math:: l = \tfrac12 \max\big((v - R)^2, (v_c - R)^2\big)
+    .. math:: l = \max\big(c(v - R), c(v_c - R)\big)
 
-    (Schulman et al., baselines' ppo2; verl, TRL, OpenRLHF). Its gradient is :math:`v - R`, and 0 where the clipped branch is strictly
-    greater; at a tie the whole :math:`v - R`. Everything is computed in float32 (float64 if any input is), whatever the inputs' dtypes,
-    and rounded once.
+    (Schulman et al., baselines' ppo2; verl, TRL, OpenRLHF). Its gradient is :math:`c'(v - R)`, and 0 where the clipped branch is strictly
+    greater; at a tie the whole :math:`c'(v - R)`. Everything is computed in float32 (float64 if any input of the values' shape is, the mask
+    aside), whatever the inputs' dtypes, and rounded once.
 
     Args:
         values: [B, T], [T, B] (``time_dim=0``), [T], or packed [N] with ``cu_seqlens``; float64, float32, bfloat16 or float16, any strides.
@@ -75,9 +78,19 @@ def value_loss(
         mask: the shape of ``values``; bool or integer (non-zero: valid) or floating (a weight per token, 0: masked). None: all valid.
             Whatever lies at masked tokens, NaN included, changes nothing, and their gradient is exactly 0.
         clip_range: the range around ``old_values``: a number (both sides), a pair (low, high) with low <= high, or None (no clipping).
-            Each may be a 0-d tensor (not checked on CUDA).
-        criterion: ``"mse"``. (``"huber"``, ``"smooth_l1"`` and ``"l1"`` are not there yet.)
-        delta: the Huber criterion's; no effect on ``"mse"``.
+            Each may be a 0-d tensor (not checked on CUDA), or a tensor of the shape of ``values``, any floating dtype: a range for each
+            token (its numbers are not checked; where low > high, :math:`v_c = o + high`).
+        criterion: :math:`c(d)`, as torch's losses of these names have it:
+
+            - ``"mse"``: d^2 / 2
+            - ``"huber"``: d^2 / 2 where abs(d) <= ``delta``, else ``delta`` (abs(d) - ``delta`` / 2)
+            - ``"smooth_l1"``: d^2 / (2 ``delta``) where abs(d) < ``delta``, else abs(d) - ``delta`` / 2
+            - ``"l1"``: abs(d), with the gradient 0 at d = 0
+        delta: where ``"huber"`` and ``"smooth_l1"`` (there: beta) become linear, a positive, finite number; no effect on the others.
+        clip_only: :math:`l = c(v_c - R)` alone, without the maximum (Stable-Baselines3, skrl). The gradient is :math:`c'(v - R)` where v
+            is inside of the range, bounds included, and 0 outside. No effect without a ``clip_range``.
+        loss_clamp: :math:`l` is at most this positive number (or 0-d tensor, not checked on CUDA), and has no gradient where it was greater
+            (RLlib's ``vf_clip_param``). None: no limit.
         reduction: with weights :math:`w` (the mask, or 1) and rows being sequences (rows of [B, T], columns of [T, B], segments):
 
             - ``"token-mean"``: sum(w l) / (``batch_num_tokens`` or sum(w)) * ``dp_size``
@@ -101,10 +114,13 @@ def value_loss(
         ValueError: shapes that differ (nothing is broadcast), devices that differ, bad ``cu_seqlens``, numbers out of range, unknown names, a
             missing ``old_values`` or global count, an input other than ``values`` that requires grad.
         TypeError: a dtype that is not supported.
-        NotImplementedError: a criterion that is not there yet.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 3.0]], requires_grad=True)
+        >>> old_values, returns = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> fused_critic.value_loss(values, old_values, returns, clip_range=0.5, criterion="huber", reduction="none").loss
+        tensor([[0.1250, 1.5000]], grad_fn=<FusedCriticValueLossBackward>)
     """
-    if criterion != "mse":
-        _reject_criterion(criterion)
     if clip_range is None:
         clip, low, high = False, 0.0, 0.0
     elif isinstance(clip_range, (tuple, list)):
@@ -113,19 +129,20 @@ def value_loss(
         raise TypeError(f"fused_critic.value_loss: clip_range: expected a number, a pair, a 0-d tensor or None, got {clip_range!r}")
     else:
         clip, low, high = True, -clip_range, clip_range
-    if torch.compiler.is_compiling() or _has_tensor(low, high, batch_num_tokens, global_batch_size):
+    if torch.compiler.is_compiling() or _has_tensor(low, high, batch_num_tokens, global_batch_size, loss_clamp):
         loss, stats, _ = _value_loss_tensor(
             values, old_values, returns, mask, cu_seqlens,
-            *(_as_tensor(x, values) for x in (low, high, batch_num_tokens, global_batch_size)),
-            clip=clip, reduction=reduction, dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
+            *(_as_tensor(x, values) for x in (low, high, batch_num_tokens, global_batch_size, loss_clamp)),
+            clip=clip, criterion=criterion, delta=delta, clip_only=clip_only, reduction=reduction, dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
         )  # fmt: skip
     else:
-        options = {
-            "clip_low": low, "clip_high": high, "clip": clip, "reduction": reduction,
-            "batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size,
-            "dp_size": dp_size, "loss_scale_factor": loss_scale_factor, "time_dim": time_dim,
-        }  # fmt: skip
-        options = {name: value for name, value in options.items() if value != _VALUE_LOSS_DEFAULTS[name]}
+        given = (
+            low, high, clip, criterion, delta, clip_only, loss_clamp, reduction, batch_num_tokens, global_batch_size, dp_size,
+            loss_scale_factor, time_dim,
+        )  # fmt: skip
+        options = (
+            {} if given == _VALUE_LOSS_VALUES else {k: x for (k, default), x in zip(_VALUE_LOSS_DEFAULTS.items(), given) if x != default}
+        )
         loss, stats, _ = _value_loss(values, old_values, returns, mask, cu_seqlens, **options)
     return ValueLossOutput(loss, ValueLossStats(stats))
 
@@ -258,14 +275,6 @@ def masked_whiten(
     if masked is not None:
         whitened.masked_fill_(masked, 0)
     return whitened.to(x.dtype)
-
-
-def _reject_criterion(criterion: str) -> None:
-    if criterion in ("huber", "smooth_l1", "l1"):
-        raise NotImplementedError(
-            f"fused_critic.value_loss: criterion: expected 'mse', got '{criterion}', which this version does not have yet"
-        )
-    raise ValueError(f"fused_critic.value_loss: criterion: expected one of mse, huber, smooth_l1, l1, got {criterion!r}")
 
 
 def _pair(clip_range):

@@ -40,16 +40,37 @@ def _at(nested, index):
     return nested
 
 
+def _mse(d, delta):
+    return 0.5 * d**2, d
+
+
+def _huber(d, delta):
+    return (0.5 * d**2, d) if abs(d) <= delta else (delta * (abs(d) - 0.5 * delta), math.copysign(delta, d))
+
+
+def _smooth_l1(d, delta):
+    return (0.5 * d**2 / delta, d / delta) if abs(d) < delta else (abs(d) - 0.5 * delta, math.copysign(1.0, d))
+
+
+def _l1(d, delta):
+    return abs(d), math.copysign(1.0, d) if d else 0.0
+
+
+CRITERIA = {"mse": _mse, "huber": _huber, "smooth_l1": _smooth_l1, "l1": _l1}  # of a difference: the criterion and its derivative
+
+
 def value_loss(
-    values, old_values, returns, mask=None, *, clip_range=0.2, reduction="token-mean", batch_num_tokens=None, global_batch_size=None,
-    dp_size=1, loss_scale_factor=None, cu_seqlens=None, time_dim=-1, grad_loss=None,
+    values, old_values, returns, mask=None, *, clip_range=0.2, criterion="mse", delta=1.0, clip_only=False, loss_clamp=None,
+    reduction="token-mean", batch_num_tokens=None, global_batch_size=None, dp_size=1, loss_scale_factor=None, cu_seqlens=None,
+    time_dim=-1, grad_loss=None,
 ):  # fmt: skip
     """loss (a float; for "none" a tensor), grad (d loss / d values, times grad_loss), and a dict of statistics."""
     shape = values.shape
     floating = mask is not None and mask.dtype.is_floating_point
     v, o, r, m = (_nested(None if x is None else x.detach()) for x in (values, old_values, returns, mask))
     if clip_range is not None:
-        low, high = (float(x) for x in (clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)))
+        bounds = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+        bounds = [_nested(x) if isinstance(x, torch.Tensor) else x for x in bounds]
     rows = sequences(shape, cu_seqlens, time_dim)
 
     def weight(index):
@@ -63,16 +84,19 @@ def value_loss(
             if w == 0:
                 continue
             value, ret = _at(v, index), _at(r, index)
-            unclipped = 0.5 * (value - ret) ** 2
-            loss, slope, clipped, outside = unclipped, value - ret, False, False
+            unclipped, slope = CRITERIA[criterion](value - ret, delta)
+            loss, clipped, outside = unclipped, False, False
             if clip_range is not None:
                 old = _at(o, index)
+                low, high = (_at(x, index) if isinstance(x, list) else x for x in bounds)
                 vc = min(max(value, old + low), old + high)
-                clipped_loss = 0.5 * (vc - ret) ** 2
-                loss = max(unclipped, clipped_loss)
+                clipped_loss, _ = CRITERIA[criterion](vc - ret, delta)
                 clipped = clipped_loss > unclipped
                 outside = not old + low <= value <= old + high
-                slope = 0.0 if clipped else slope
+                loss = clipped_loss if clip_only else max(unclipped, clipped_loss)
+                slope = 0.0 if (outside if clip_only else clipped) else slope
+            if loss_clamp is not None and loss > loss_clamp:
+                loss, slope = float(loss_clamp), 0.0
             tokens.append((s, index, w, loss, slope, clipped, outside, value, ret))
 
     row_weight = [0.0] * len(rows)

@@ -15,6 +15,7 @@ from .runner import CORRECTNESS, DETERMINISM, Context, NotApplicable, check
 
 EMPTY_SHAPES = [(0, 5), (5, 0), (0,), (0, 0)]
 TIME_DIMS = {"[B, T]": -1, "[T, B]": 0}
+RANGES = [(0.2, "numbers"), (0.2, "tensors"), ((-0.1, 0.3), "high tensor"), (None, "numbers")]
 REPEATS = 5
 # On the CPU. Another order of the dimensions in memory is another kernel's work, which adds in another order; on CUDA, where alignment
 # decides which lane reads what, so is every view.
@@ -33,7 +34,7 @@ def describe(problem: dict) -> str:
         if name in ("dtypes", "strides"):
             value = value[:1] if len(set(value)) == 1 else value
             told.append(f"{name} " + "/".join(map(words, value)))
-        elif name in ("kind", "size", "reduction"):
+        elif name in ("kind", "size", "reduction", "options"):
             told.append(words(value))
         elif name != "seed":
             told.append(f"{name} {words(value)}")
@@ -60,6 +61,15 @@ def _(context: Context):
     for (name, shape), reduction, layout, clip in itertools.product(value_loss.SHAPES.items(), reductions, TIME_DIMS, clips):
         title = f"{name} {shape}, {layout}, {reduction}, clip {clip}"
         yield title, partial(value_loss.compare_shape, shape, reduction, TIME_DIMS[layout], clip, context.device)
+
+
+@check(CORRECTNESS, "value-loss-options", "criteria, clip_only, loss_clamp, a clip range per token: rows and columns, both precisions")
+def _(context: Context):
+    factors = (value_loss.OPTIONS.items(), RANGES, (torch.float32, torch.float64), TIME_DIMS.items())
+    for (name, options), (clip, kind), dtype, (layout, time_dim) in itertools.product(*factors):
+        for shape in ((3, 300), (40, 9)):
+            title = f"{name}, clip {clip} as {kind}, {dtype}, {layout}, {shape}"
+            yield title, partial(value_loss.compare_options, options, clip, kind, shape, time_dim, dtype, context.device)
 
 
 @check(CORRECTNESS, "value-loss-edges", "NaN in padding, everything masked, nothing at all, stride 0", sampled=True)

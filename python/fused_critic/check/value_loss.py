@@ -13,6 +13,17 @@ import fused_critic
 from .. import reference
 from . import cases
 
+OPTIONS = {
+    "no options": {},
+    "huber": {"criterion": "huber", "delta": 0.3},
+    "smooth_l1": {"criterion": "smooth_l1", "delta": 0.4},
+    "l1": {"criterion": "l1"},
+    "clip_only": {"clip_only": True},
+    "loss_clamp": {"loss_clamp": 0.05},
+    "clamped l1": {"criterion": "l1", "loss_clamp": 0.4},
+    "clamped smooth_l1, clip_only": {"criterion": "smooth_l1", "delta": 2.0, "clip_only": True, "loss_clamp": 0.02},
+}
+
 # A problem takes one value of each.
 FACTORS = {
     "kind": cases.LAYOUTS,
@@ -22,7 +33,9 @@ FACTORS = {
     "mask": cases.MASKS,
     "density": [0.0, 0.3, 0.9, 1.0],
     "clip_range": [0.2, (-0.1, 0.3), 0.0, None],
-    "clip_tensors": [False, True],  # its numbers as 0-d tensors
+    "clip_kind": ["numbers", "0-d tensors", "tensors", "low tensor", "high tensor"],  # tensors: a number per token
+    "clip_dtype": cases.DTYPES,  # of numbers per token
+    "options": list(OPTIONS),
     "reduction": cases.REDUCTIONS,
     "count": [None, 11, "tensor"],  # batch_num_tokens and global_batch_size
     "dp_size": [1, 4],
@@ -54,7 +67,7 @@ def compare(values, old_values, returns, mask=None, grad_loss=None, **options):
     """Loss, gradient and statistics against the reference's. Returns the largest share of a tolerance that was used."""
     loss, grad, stats = run(values, old_values, returns, mask, grad_loss, **options)
     expected = reference.value_loss(values, old_values, returns, mask, grad_loss=grad_loss, **options)
-    inputs = [values.dtype, returns.dtype] + ([] if options.get("clip_range", 0.2) is None else [old_values.dtype])
+    inputs = _inputs(values, old_values, returns, options.get("clip_range", 0.2))
     tol = cases.tolerance(*inputs)
     assert loss.dtype == (torch.float64 if torch.float64 in inputs else torch.float32)
     used = cases.assert_close(loss, expected.loss, tol, "loss")
@@ -67,6 +80,34 @@ def compare(values, old_values, returns, mask=None, grad_loss=None, **options):
     if mask is not None:
         assert bool((grad[mask == 0] == 0).all()), "a masked token has a gradient"
     return used
+
+
+def _inputs(values, old_values, returns, clip_range):
+    """The dtypes that decide in which one the loss is computed."""
+    if clip_range is None:
+        return [values.dtype, returns.dtype]
+    bounds = clip_range if isinstance(clip_range, tuple) else (clip_range,)
+    per_token = [x.dtype for x in bounds if isinstance(x, torch.Tensor) and x.dim() > 0]
+    return [values.dtype, returns.dtype, old_values.dtype, *per_token]
+
+
+def draw_range(clip_range, kind, mask, shape, generator, device, dtype=torch.float32, stride="contiguous"):
+    """The numbers of `clip_range` as `kind` has it; per token they vary by a fifth, and are NaN where the mask is 0."""
+    if clip_range is None or kind == "numbers":
+        return clip_range
+    if kind == "0-d tensors":
+        low_and_high = torch.tensor(clip_range, dtype=torch.float64, device=device)
+        return tuple(low_and_high.unbind()) if low_and_high.dim() else low_and_high
+
+    def per_token(number):
+        bounds = number * (0.9 + 0.2 * torch.rand(shape, generator=generator))
+        bounds = bounds if mask is None else torch.where(mask.cpu() != 0, bounds, math.nan)
+        return cases.restride(bounds.to(device, dtype), stride)
+
+    if kind == "tensors" and not isinstance(clip_range, tuple):
+        return per_token(clip_range)
+    low, high = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+    return (low if kind == "high tensor" else per_token(low), high if kind == "low tensor" else per_token(high))
 
 
 def draw_inputs(shape, generator, device, dtypes, strides, spread=0.3):
@@ -85,19 +126,19 @@ def build(problem, device):
     if mask is not None:
         mask = cases.restride(mask.to(device), problem["strides"][3])
     count = torch.tensor(11, device=device) if problem["count"] == "tensor" else problem["count"]
-    clip_range = problem["clip_range"]
-    if problem["clip_tensors"] and clip_range is not None:
-        low_and_high = torch.tensor(clip_range, dtype=torch.float64, device=device)
-        clip_range = tuple(low_and_high.unbind()) if low_and_high.dim() else low_and_high
-    options = {"clip_range": clip_range, "reduction": problem["reduction"], **layout.options}
+    clip_range = draw_range(
+        problem["clip_range"], problem["clip_kind"], mask, layout.shape, generator, device, problem["clip_dtype"], problem["strides"][1]
+    )
+    options = {"clip_range": clip_range, "reduction": problem["reduction"], **OPTIONS[problem["options"]], **layout.options}
+    if "loss_clamp" in options and problem["clip_kind"] == "0-d tensors":
+        options["loss_clamp"] = torch.tensor(options["loss_clamp"], dtype=torch.float64, device=device)
     if count is not None:
         options |= {"batch_num_tokens": count, "global_batch_size": count, "dp_size": problem["dp_size"]}
     if problem["kind"] == "packed" or problem["seed"] % 2:
         options["loss_scale_factor"] = 7.0
     grad_loss = None
     if problem["reduction"] == "none":
-        value_dtype, old_dtype, return_dtype = problem["dtypes"]
-        wide = torch.float64 in (value_dtype, return_dtype) or (clip_range is not None and old_dtype == torch.float64)
+        wide = torch.float64 in _inputs(*tensors, clip_range)
         grad_loss = torch.randn(layout.shape, generator=generator).to(device, torch.float64 if wide else torch.float32)
     return (*tensors, mask, grad_loss), options
 
@@ -108,7 +149,10 @@ def compare_problem(problem, device):
 
 
 def problems():
-    """Every layout x reduction x clip range, every mixture of dtypes, every mask dtype x stride; what is left open is drawn."""
+    """Every layout x reduction x clip range, every mixture of dtypes, every mask dtype x stride, every kind of range x set of options.
+
+    What is left open is drawn.
+    """
     draw = random.Random(0)
 
     def problem(**chosen):
@@ -120,6 +164,8 @@ def problems():
         yield problem(dtypes=dtypes)
     for mask, stride in itertools.product(cases.MASKS, cases.STRIDES):
         yield problem(mask=mask, strides=(stride,) * 4)
+    for kind, clip_range, options in itertools.product(*(FACTORS[name] for name in ("clip_kind", "clip_range", "options"))):
+        yield problem(clip_kind=kind, clip_range=clip_range, options=options)
 
 
 def compare_shape(shape, reduction, time_dim, clip_range, device):
@@ -128,6 +174,17 @@ def compare_shape(shape, reduction, time_dim, clip_range, device):
     tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
     mask = cases.mask(shape, torch.bool, generator).to(device)
     return compare(*tensors, mask, reduction=reduction, time_dim=time_dim, clip_range=clip_range)
+
+
+def compare_options(options, clip_range, kind, shape, time_dim, dtype, device, reduction="seq-mean-token-mean"):
+    """One set of options, in one precision, under a mask that has NaN behind it."""
+    generator = torch.Generator().manual_seed(11)
+    shape = shape if time_dim == -1 else shape[::-1]
+    mask = cases.mask(shape, torch.bool, generator)
+    tensors = draw_inputs(shape, generator, "cpu", [dtype] * 3, ["contiguous"] * 3)
+    tensors = [torch.where(mask, x, math.nan).to(device) for x in tensors]
+    bounds = draw_range(clip_range, kind, mask, shape, generator, device)
+    return compare(*tensors, mask.to(device), clip_range=bounds, reduction=reduction, time_dim=time_dim, **options)
 
 
 def compare_padding(reduction, time_dim, device):
@@ -161,4 +218,6 @@ def compare_expanded(device):
 
 def compare_far(device):
     """Offsets beyond 2^31 elements."""
-    return cases.compare_far(lambda x: compare(x, torch.zeros_like(x), torch.ones(x.shape, device=device)), device)
+    zeros, ones = (torch.full((), number, device=device) for number in (0.0, 1.0))
+    ranges = cases.compare_far(lambda x: compare(x, zeros.expand(x.shape), ones.expand(x.shape), clip_range=(-3.0, x)), device)
+    return max(ranges, cases.compare_far(lambda x: compare(x, torch.zeros_like(x), torch.ones(x.shape, device=device)), device))
