@@ -54,6 +54,8 @@ MULTIPROCESSORS = {
 RESIDENT_WARPS = {
     "value_loss_kernel": {"float": 8, "double": 8},
     "value_loss_backward_kernel": {"float": 16, "double": 16},
+    "value_loss_options_kernel": {"float": 8, "double": 8},
+    "value_loss_options_backward_kernel": {"float": 12, "double": 12},
     "scan_rows_kernel": {"float": 16, "double": 8},
     "reduce_chunks_kernel": {"float": 16, "double": 8},
     "scan_chunks_kernel": {"float": 16, "double": 8},
@@ -61,7 +63,7 @@ RESIDENT_WARPS = {
 }
 
 # Kernels that store per token, in the instantiations that access whole packs.
-STORES_TOKENS = ("value_loss_backward_kernel", "scan_rows_kernel", "scan_chunks_kernel")
+STORES_TOKENS = ("value_loss_backward_kernel", "value_loss_options_backward_kernel", "scan_rows_kernel", "scan_chunks_kernel")
 SCALAR_ARGUMENTS = ("kGeneral", "scan_columns_kernel")  # element accesses, or one element per lane and step
 
 # Source lines with code that no launch can run: (file, a part of the line before and the line) -> reason.

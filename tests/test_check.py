@@ -91,6 +91,14 @@ def wrong_statistics(*arguments, **options):
     return out._replace(stats=fused_critic.ValueLossStats(out.stats.moments * torch.linspace(1, 1.001, 14, device=out.loss.device)))
 
 
+def loss_without_clamp(*arguments, loss_clamp=None, **options):
+    return original_loss(*arguments, **options)
+
+
+def loss_without_criterion(*arguments, criterion="mse", **options):
+    return original_loss(*arguments, **options)
+
+
 def loss_that_reads_padding(values, old_values, returns, mask=None, **options):
     hidden = 0 if mask is None else torch.where(mask == 0, values.detach(), 0).sum()
     out = original_loss(values, old_values, returns, mask, **options)
@@ -140,6 +148,8 @@ CORRUPTIONS = {
     "loss": ("value_loss", wrong_loss, "value-loss-shapes/3"),
     "loss gradient": ("value_loss", wrong_loss_gradient, "value-loss-shapes/3"),
     "statistics": ("value_loss", wrong_statistics, "value-loss-shapes/3"),
+    "criterion": ("value_loss", loss_without_criterion, "value-loss-options/40"),
+    "loss clamp": ("value_loss", loss_without_clamp, "value-loss-options/164"),
     "padding": ("value_loss", loss_that_reads_padding, "value-loss-edges/0"),
     "wandering loss": ("value_loss", wandering_loss, "repeat/0"),
     "wandering loss gradient": ("value_loss", wandering_loss_gradient, "repeat/0"),

@@ -23,6 +23,8 @@ ROWS, COLUMNS = (256, 1024), (2048, 128)  # [B, T]; [T, B], as 128 sequences of 
 MILLION = (1024, 1024)
 FACTORS = {"gamma": 0.99, "lam": 0.95}
 LOSS, LOSS_BACKWARD = "value_loss_kernel", "value_loss_backward_kernel"
+OPTIONS, OPTIONS_BACKWARD = "value_loss_options_kernel", "value_loss_options_backward_kernel"
+HUBER = {"criterion": "huber", "loss_clamp": 1.0}
 SCAN_ROWS, SCAN_COLUMNS, SPLIT = "scan_rows_kernel", "scan_columns_kernel", ("reduce_chunks_kernel", "scan_chunks_kernel")
 
 
@@ -61,6 +63,7 @@ class Case:
     values_dtype: torch.dtype = torch.float32
     layout: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    range_per_token: bool = False
     bytes_moved: float | None = 1.02  # times the compulsory bytes, at most; None: rows split over blocks are read twice
     load_efficiency: float = 0.95  # used share of the sectors' bytes, at least
     store_efficiency: float = 0.95
@@ -73,7 +76,7 @@ class Case:
     def compulsory_bytes(self):
         """Per token."""
         mask = 0 if self.mask is None else self.mask_dtype.itemsize
-        others = {"gae": 3, "value_loss": 2, "value_loss_backward": 2}[self.operator] * torch.float32.itemsize
+        others = ({"gae": 3, "value_loss": 2, "value_loss_backward": 2}[self.operator] + 2 * self.range_per_token) * torch.float32.itemsize
         gradient = self.values_dtype.itemsize if self.operator == "value_loss_backward" else 0
         return self.values_dtype.itemsize + others + mask + gradient
 
@@ -144,6 +147,29 @@ CASES = [
         layout=packed(256 * 1024, 1024),
     ),
     Case("loss-backward-1M", "value_loss_backward", (LOSS_BACKWARD,), shape=MILLION, mask=everything),
+    Case("loss-huber", "value_loss", (OPTIONS,), 9999, mask=everything, options=HUBER),
+    Case(
+        "loss-huber-time-major",
+        "value_loss",
+        (OPTIONS,),
+        9999,
+        shape=COLUMNS,
+        mask=everything,
+        options=HUBER,
+        layout={"time_dim": 0},
+        store_efficiency=0.65,
+    ),
+    Case("loss-range-per-token", "value_loss", (OPTIONS,), 9999, mask=everything, options=HUBER, range_per_token=True),
+    Case("loss-backward-huber", "value_loss_backward", (OPTIONS_BACKWARD,), 9999, mask=everything, options=HUBER),
+    Case(
+        "loss-backward-range-per-token",
+        "value_loss_backward",
+        (OPTIONS_BACKWARD,),
+        9999,
+        mask=everything,
+        options=HUBER,
+        range_per_token=True,
+    ),
 ]
 
 
@@ -162,7 +188,8 @@ def run(case, simulator):
         fused_critic.gae(x, values, mask, **{**FACTORS, **options}, **layout)
     else:
         values.requires_grad_(case.operator == "value_loss_backward")
-        loss = fused_critic.value_loss(values, old_values, x, mask, **layout).loss
+        options |= {"clip_range": (-old_values.abs(), old_values.abs())} if case.range_per_token else {}
+        loss = fused_critic.value_loss(values, old_values, x, mask, **options, **layout).loss
         if case.operator == "value_loss_backward":
             start = len(simulator.launches())
             loss.backward()

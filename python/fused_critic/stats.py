@@ -59,7 +59,8 @@ class ValueLossStats:
 
     @property
     def clip_fraction(self) -> Tensor:
-        """Share of tokens whose clipped loss is strictly greater: those without gradient (verl's ``vf_clipfrac``)."""
+        """Share of tokens at which the clipped value's criterion is strictly greater: those without gradient, but with ``clip_only``
+        (verl's ``vf_clipfrac``)."""
         return _ratio(self.moments[_CLIPPED], self.moments[_WEIGHT])
 
     @property
