@@ -52,6 +52,30 @@ TORCH_LIBRARY(fused_critic, m) {
       "-> (Tensor grad_rewards, Tensor grad_values, Tensor grad_next_values, Tensor grad_bootstrap_values)",
       tags);
 
+  // y_t = x_t + decay_t y_{t+1} within each sequence, init beyond its end. decay of ".tensor": 0-d, per sequence or per position.
+  // Differentiable in x, decay and init.
+  m.def("reverse_scan(Tensor x, Tensor? init=None, Tensor? cu_seqlens=None, *, float decay, int time_dim=-1) -> Tensor y", tags);
+  m.def("reverse_scan.tensor(Tensor x, Tensor decay, Tensor? init=None, Tensor? cu_seqlens=None, *, int time_dim=-1) -> Tensor y", tags);
+  // x and init: for the gradient of decay alone. Gradients that nobody asked for (wanted: x, decay, init) are tensors of no element.
+  m.def(
+      "reverse_scan_backward(Tensor grad, Tensor? x, Tensor decay, Tensor? init, Tensor? cu_seqlens, *, bool[3] wanted, int time_dim) "
+      "-> (Tensor grad_x, Tensor grad_decay, Tensor grad_init)",
+      tags);
+
+  // Exactly one of log_rhos and ratios. Not differentiable: the inputs are constants, as IMPALA has them.
+  m.def(
+      "vtrace(Tensor rewards, Tensor values, Tensor? log_rhos=None, Tensor? ratios=None, Tensor? mask=None, Tensor? terminated=None, "
+      "Tensor? truncated=None, Tensor? next_values=None, Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, float gamma, float lam=1.0, "
+      "float? rho_clip=1.0, float? c_clip=1.0, float? pg_rho_clip=1.0, int time_dim=-1) "
+      "-> (Tensor vs, Tensor pg_advantages, Tensor advantages)",
+      tags);
+  m.def(
+      "vtrace.tensor(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? rho_clip, Tensor? c_clip, Tensor? pg_rho_clip, "
+      "Tensor? log_rhos=None, Tensor? ratios=None, Tensor? mask=None, Tensor? terminated=None, Tensor? truncated=None, "
+      "Tensor? next_values=None, Tensor? bootstrap_values=None, Tensor? cu_seqlens=None, *, int time_dim=-1) "
+      "-> (Tensor vs, Tensor pg_advantages, Tensor advantages)",
+      tags);
+
   // The instruction set that the CPU kernels use here.
   m.def("_cpu_capability() -> str", []() -> std::string { return fused_critic::cpu::kernels().name; });
 }

@@ -2,12 +2,16 @@
 // A driver deals in chunks (units of work, fixed by the shape alone), a kernel in tiles of at most kTile tokens.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../gae.h"
 #include "../math/affine.h"
 #include "../math/platform.h"
+#include "../math/vtrace.h"
+#include "../reverse_scan.h"
 #include "../value_loss.h"
+#include "../vtrace.h"
 
 namespace fused_critic::cpu {
 
@@ -77,12 +81,28 @@ struct GaeKernels {
   void (*adjoint)(const GaeBackwardParams& p, int64_t seq, int64_t seq_origin, int64_t length);
 };
 
+// Sequences of `length` positions that are walked together: `count` of them from `first` on, side by side (across; count <= kTile), or one,
+// whose first position is number `origin` of its operands.
+struct SequenceWalk {
+  int64_t first, count, origin, length;
+  bool across;
+};
+
+template <typename T>
+struct ScanKernels {
+  void (*reverse_scan)(const ReverseScanParams& p, const SequenceWalk& walk);
+  void (*reverse_scan_adjoint)(const ReverseScanBackwardParams& p, const SequenceWalk& walk);
+  void (*vtrace)(const VTraceParams& p, const SequenceWalk& walk);
+};
+
 struct Kernels {
   const char* name;
   LossKernels<float> loss_f32;
   LossKernels<double> loss_f64;
   GaeKernels<float> gae_f32;
   GaeKernels<double> gae_f64;
+  ScanKernels<float> scan_f32;
+  ScanKernels<double> scan_f64;
 };
 
 extern const Kernels kDefaultKernels;
@@ -100,5 +120,8 @@ template <> inline const LossKernels<double>& loss_kernels<double>() { return ke
 template <typename T> const GaeKernels<T>& gae_kernels();
 template <> inline const GaeKernels<float>& gae_kernels<float>() { return kernels().gae_f32; }
 template <> inline const GaeKernels<double>& gae_kernels<double>() { return kernels().gae_f64; }
+template <typename T> const ScanKernels<T>& scan_kernels();
+template <> inline const ScanKernels<float>& scan_kernels<float>() { return kernels().scan_f32; }
+template <> inline const ScanKernels<double>& scan_kernels<double>() { return kernels().scan_f64; }
 
 }  // namespace fused_critic::cpu

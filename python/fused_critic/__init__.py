@@ -7,6 +7,19 @@ __version__: str = load_extension().build_info()["version"]
 from . import _fake, _fallback, _vmap  # noqa: E402, F401  (each registers with the operators that were just loaded)
 from .functional import GAEOutput, ValueLossOutput, gae, masked_whiten, value_loss  # noqa: E402
 from .modules import ClippedValueLoss  # noqa: E402
+from .recurrence import VTraceOutput, reverse_scan, vtrace  # noqa: E402
 from .stats import ValueLossStats  # noqa: E402
 
-__all__ = ["ClippedValueLoss", "GAEOutput", "ValueLossOutput", "ValueLossStats", "__version__", "gae", "masked_whiten", "value_loss"]
+__all__ = [
+    "ClippedValueLoss",
+    "GAEOutput",
+    "VTraceOutput",
+    "ValueLossOutput",
+    "ValueLossStats",
+    "__version__",
+    "gae",
+    "masked_whiten",
+    "reverse_scan",
+    "value_loss",
+    "vtrace",
+]

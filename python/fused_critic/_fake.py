@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._overloads import by_name
+from ._overloads import by_name, scans_by_name
 from .stats import NUM_MOMENTS
 
 _RESIDUALS = 3  # scale, clip_low, clip_high; then one factor per sequence for seq-mean-token-mean; then a loss_clamp that is given
@@ -88,5 +88,32 @@ def _gae_backward(
     )
 
 
+def _reverse_scan(x, init=None, cu_seqlens=None, *, decay, time_dim=-1):
+    _check_shapes("reverse_scan", "x", x)
+    wide = decay if isinstance(decay, torch.Tensor) and decay.dim() > 0 else None
+    return torch.empty_like(x, dtype=_accumulation_type(x, init, wide))
+
+
+def _reverse_scan_backward(grad, x, decay, init, cu_seqlens, *, wanted, time_dim):
+    def result(is_wanted, shape):
+        return grad.new_empty(shape if is_wanted else (0,), dtype=_accumulation_type(grad))
+
+    return result(wanted[0], grad.shape), result(wanted[1], decay.shape), result(wanted[2], (_num_sequences(grad, cu_seqlens, time_dim),))
+
+
+def _vtrace(
+    rewards, values, log_rhos=None, ratios=None, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
+    cu_seqlens=None, *, gamma, lam=1.0, rho_clip=1.0, c_clip=1.0, pg_rho_clip=1.0, time_dim=-1,
+):  # fmt: skip
+    _check_shapes(
+        "vtrace", "rewards", rewards, values=values, log_rhos=log_rhos, ratios=ratios, mask=mask, terminated=terminated, truncated=truncated,
+        next_values=next_values,
+    )  # fmt: skip
+    dtype = _accumulation_type(rewards, values, log_rhos, ratios, next_values, bootstrap_values)
+    return tuple(torch.empty_like(rewards, dtype=dtype) for _ in range(3))
+
+
+for _name, _function in scans_by_name(_reverse_scan, _reverse_scan_backward, _vtrace).items():
+    torch.library.register_fake(f"fused_critic::{_name}", _function)
 for _name, _function in by_name(_value_loss, _value_loss_backward, _gae, _gae_backward).items():
     torch.library.register_fake(f"fused_critic::{_name}", _function)

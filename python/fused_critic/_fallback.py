@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ._overloads import by_name
+from ._overloads import by_name, scans_by_name
 from .stats import NUM_MOMENTS
 
 _warned: set[tuple[str, str]] = set()
@@ -325,6 +325,98 @@ def _moment_type(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
 
 
+def _decay_rows(seqs: _Sequences, decay, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """One per position, in the rows view."""
+    if not isinstance(decay, Tensor) or decay.dim() == 0:
+        return torch.as_tensor(decay, dtype=dtype, device=x.device).expand(seqs.rows(x).shape)
+    if decay.shape == x.shape:
+        return seqs.rows(decay).to(dtype)
+    if decay.shape != (seqs.count,):
+        raise ValueError(
+            f"fused_critic.reverse_scan: decay: expected a number, a 0-d tensor, shape [{seqs.count}] (one value per sequence) or shape "
+            f"{list(x.shape)} (one per position), got shape {list(decay.shape)}"
+        )
+    return decay.to(dtype)[seqs.rows(seqs.index)]
+
+
+def _reverse_scan_rows(seqs: _Sequences, x: Tensor, init: Tensor | None, decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y_t and y_{t+1}."""
+    b, last = seqs.rows(x).to(dtype), seqs.last_of_each()
+    start = torch.zeros_like(b) if init is None else init.reshape(-1).to(dtype)[seqs.rows(seqs.index)]
+    y = _scan(torch.where(last, 0, decay), torch.where(last, b + decay * start, b))
+    return y, torch.where(last, start, torch.nn.functional.pad(y[:, 1:], (0, 1)))
+
+
+def _reverse_scan(x, init=None, cu_seqlens=None, *, decay, time_dim=-1):
+    _warn_once("reverse_scan", x)
+    wide = [t for t in (x, init, decay) if isinstance(t, Tensor) and t.dtype == torch.float64 and (t is not decay or t.dim() > 0)]
+    dtype = torch.float64 if wide else torch.float32
+    seqs = _Sequences(x, cu_seqlens, time_dim)
+    y, _ = _reverse_scan_rows(seqs, x, init, _decay_rows(seqs, decay, x, dtype), dtype)
+    return torch.empty_like(x, dtype=dtype).copy_(seqs.unrows(y))
+
+
+def _reverse_scan_backward(grad, x, decay, init, cu_seqlens, *, wanted, time_dim):
+    _warn_once("reverse_scan", grad)
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    seqs = _Sequences(grad, cu_seqlens, time_dim)
+    factors, first = _decay_rows(seqs, decay, grad, dtype), seqs.first_of_each()
+    # What leaves a position to the right is decay p. Scanned on the mirrored rows.
+    g = seqs.rows(grad).to(dtype)
+    leaving = _scan(torch.where(first, 0, factors).flip(1), (factors * g).flip(1)).flip(1)
+    p = g + torch.where(first, 0, torch.nn.functional.pad(leaving[:, :-1], (1, 0)))
+    grad_x, grad_decay, grad_init = (grad.new_empty(0, dtype=dtype) for _ in range(3))
+    if wanted[0]:
+        grad_x = seqs.unrows(p).contiguous()
+    if wanted[1]:
+        _, following = _reverse_scan_rows(seqs, x, init, factors, dtype)
+        grad_decay = seqs.unrows(p * following).contiguous()
+        if decay.shape != grad.shape:
+            grad_decay = grad_decay.sum() if decay.dim() == 0 else seqs.sum(grad_decay)
+    if wanted[2]:
+        grad_init = seqs.sum(seqs.unrows(torch.where(seqs.last_of_each(), leaving, 0)))
+    return grad_x, grad_decay, grad_init
+
+
+def _vtrace(
+    rewards, values, log_rhos=None, ratios=None, mask=None, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
+    cu_seqlens=None, *, gamma, lam=1.0, rho_clip=1.0, c_clip=1.0, pg_rho_clip=1.0, time_dim=-1,
+):  # fmt: skip
+    _warn_once("vtrace", rewards)
+    if (log_rhos is None) == (ratios is None):
+        got = "neither" if ratios is None else "both"
+        raise ValueError(f"fused_critic.vtrace: log_rhos: expected exactly one of log_rhos and ratios, got {got}")
+    if truncated is not None and next_values is None:
+        raise ValueError("fused_critic.vtrace: next_values: expected a tensor beside truncated, got None")
+    tensors = (values, log_rhos, ratios, next_values)
+    _check("vtrace", "rewards", rewards, values=values, log_rhos=log_rhos, ratios=ratios, mask=mask, next_values=next_values)
+    wide = any(x is not None and x.dtype == torch.float64 for x in (rewards, bootstrap_values, *tensors))
+    dtype = torch.float64 if wide else torch.float32
+
+    def number(x):
+        return torch.as_tensor(float("inf") if x is None else x, dtype=dtype, device=rewards.device)
+
+    seqs = _Sequences(rewards, cu_seqlens, time_dim)
+    valid, ends, stops = _flags(seqs, rewards, mask, terminated, truncated)
+    reward, value = (torch.where(valid, seqs.rows(x).to(dtype), 0) for x in (rewards, values))
+    ratio = seqs.rows(ratios).to(dtype) if log_rhos is None else seqs.rows(log_rhos).to(dtype).exp()
+    ratio = torch.where(valid, ratio, 0)
+    masked = (~valid).to(dtype)  # what a masked position multiplies the carry by
+    if next_values is None:
+        _, next_value = _reverse_scan_rows(seqs, seqs.unrows(value), bootstrap_values, masked, dtype)
+    else:
+        next_value = torch.where(valid, seqs.rows(next_values).to(dtype), 0)
+    gamma, continued = number(gamma), torch.where(ends, 0, number(gamma))
+    difference = reward - value + torch.where(stops, 0, gamma * next_value)
+    factor = torch.where(valid, continued * number(lam) * torch.minimum(ratio, number(c_clip)), masked)
+    delta = torch.minimum(ratio, number(rho_clip)) * difference
+    a, following = _reverse_scan_rows(seqs, seqs.unrows(delta * valid), None, factor, dtype)
+    pg = torch.minimum(ratio, number(pg_rho_clip)) * (difference + continued * following)
+    return tuple(torch.empty_like(rewards, dtype=dtype).copy_(seqs.unrows(torch.where(valid, x, 0))) for x in (a + value, pg, a))
+
+
 _library = torch.library.Library("fused_critic", "IMPL")
+for _name, _function in scans_by_name(_reverse_scan, _reverse_scan_backward, _vtrace).items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 for _name, _function in by_name(_value_loss, _value_loss_backward, _gae, _gae_backward).items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")

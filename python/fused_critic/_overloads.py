@@ -34,3 +34,20 @@ def by_name(value_loss, value_loss_backward, gae, gae_backward):
         "gae.tensor": gae_tensor,
         "gae_backward": gae_backward,
     }
+
+
+def scans_by_name(reverse_scan, reverse_scan_backward, vtrace):
+    def reverse_scan_tensor(x, decay, init=None, cu_seqlens=None, **options):
+        return reverse_scan(x, init, cu_seqlens, decay=decay, **options)
+
+    def vtrace_tensor(rewards, values, gamma, lam, rho_clip, c_clip, pg_rho_clip, *tensors, **options):
+        numbers = {"gamma": gamma, "lam": lam, "rho_clip": rho_clip, "c_clip": c_clip, "pg_rho_clip": pg_rho_clip}
+        return vtrace(rewards, values, *tensors, **numbers, **options)
+
+    return {
+        "reverse_scan": reverse_scan,
+        "reverse_scan.tensor": reverse_scan_tensor,
+        "reverse_scan_backward": reverse_scan_backward,
+        "vtrace": vtrace,
+        "vtrace.tensor": vtrace_tensor,
+    }

@@ -25,9 +25,10 @@ def _batching_rule(operator):
     return rule
 
 
-for _name in ("value_loss", "gae"):
+for _name in ("value_loss", "gae", "reverse_scan", "vtrace"):
     for _overload in ("default", "tensor"):
         _operator = getattr(getattr(torch.ops.fused_critic, _name), _overload)
         torch.library.register_vmap(_operator, _batching_rule(_operator))
-for _operator in (torch.ops.fused_critic.value_loss_backward.default, torch.ops.fused_critic.gae_backward.default):
+for _name in ("value_loss_backward", "gae_backward", "reverse_scan_backward"):
+    _operator = getattr(torch.ops.fused_critic, _name).default
     torch.library.register_vmap(_operator, _batching_rule(_operator))

@@ -213,6 +213,66 @@ def gae(
     return SimpleNamespace(advantages=masked_whiten(advantages, mask) if whiten else advantages, returns=returns)
 
 
+def _assemble(found, shape):
+    """float64, 0 where nothing was found."""
+    flat = [found.get(index, 0.0) for index in _all_indices(shape)]
+    if any(isinstance(x, torch.Tensor) for x in flat):
+        return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in flat]).reshape(shape)
+    return torch.tensor(flat, dtype=torch.float64).reshape(shape)
+
+
+def reverse_scan(x, decay, init=None, *, cu_seqlens=None, time_dim=-1):
+    """y, float64, as a differentiable function of whatever requires grad."""
+    decay = torch.as_tensor(decay, dtype=torch.float64) if not isinstance(decay, torch.Tensor) else decay
+    rows = sequences(x.shape, cu_seqlens, time_dim)
+    per_position = decay.dim() > 0 and decay.shape == x.shape
+    numbers, decays = _nested(x), _nested(decay if per_position else decay.reshape(-1))
+    start = None if init is None else _nested(init.reshape(-1))
+    found = {}
+    for s, row in enumerate(rows):
+        y = 0.0 if start is None else start[s]
+        for index in reversed(row):
+            factor = _at(decays, index) if per_position else decays[0 if decay.dim() == 0 else s]
+            y = _at(numbers, index) + factor * y
+            found[index] = y
+    return _assemble(found, x.shape)
+
+
+def vtrace(
+    rewards, values, log_rhos=None, mask=None, *, ratios=None, gamma, lam=1.0, rho_clip=1.0, c_clip=1.0, pg_rho_clip=1.0, terminated=None,
+    truncated=None, next_values=None, bootstrap_values=None, cu_seqlens=None, time_dim=-1,
+):  # fmt: skip
+    """vs, pg_advantages and advantages, float64."""
+    gamma, lam = float(gamma), float(lam)
+    rho_clip, c_clip, pg_rho_clip = (math.inf if x is None else float(x) for x in (rho_clip, c_clip, pg_rho_clip))
+    tensors = (rewards, values, log_rhos, ratios, mask, terminated, truncated, next_values)
+    r, v, logs, quotients, m, ends, cuts, following = (_nested(None if x is None else x.detach()) for x in tensors)
+    bootstrap = None if bootstrap_values is None else _nested(bootstrap_values.detach().reshape(-1))
+    vs, pg_advantages, advantages = {}, {}, {}
+    for s, row in enumerate(sequences(rewards.shape, cu_seqlens, time_dim)):
+        next_value = 0.0 if bootstrap is None else bootstrap[s]
+        next_advantage = 0.0
+        for index in reversed(row):
+            if m is not None and _at(m, index) == 0:
+                continue
+            ended = ends is not None and _at(ends, index) != 0
+            done = ended or (cuts is not None and _at(cuts, index) != 0)
+            reward, value = _at(r, index), _at(v, index)
+            ratio = math.exp(_at(logs, index)) if quotients is None else _at(quotients, index)
+            rho, c, pg_rho = min(ratio, rho_clip), lam * min(ratio, c_clip), min(ratio, pg_rho_clip)
+            next_value = next_value if following is None else _at(following, index)
+            delta = rho * (reward + (0.0 if ended else gamma * next_value) - value)
+            next_vs = next_value + (0.0 if done else next_advantage)
+            pg_advantages[index] = pg_rho * (reward + (0.0 if ended else gamma * next_vs) - value)
+            next_advantage = delta + (0.0 if done else gamma * c * next_advantage)
+            advantages[index], vs[index] = next_advantage, next_advantage + value
+            next_value = value
+    return SimpleNamespace(**{
+        name: _assemble(found, rewards.shape)
+        for name, found in (("vs", vs), ("pg_advantages", pg_advantages), ("advantages", advantages))
+    })  # fmt: skip
+
+
 def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8):
     """float64, as a differentiable function of x."""
     x = x.to("cpu", torch.float64)

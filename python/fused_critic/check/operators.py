@@ -10,7 +10,7 @@ import torch
 
 import fused_critic
 
-from . import cases, gae, value_loss
+from . import cases, gae, recurrence, value_loss
 from .runner import CORRECTNESS, DETERMINISM, Context, NotApplicable, check
 
 EMPTY_SHAPES = [(0, 5), (5, 0), (0,), (0, 0)]
@@ -130,6 +130,40 @@ def _(context: Context):
         yield f"packed, one long segment{what}", partial(gae.compare_one_long_segment, context.device, function)
     for shape in EMPTY_SHAPES:
         yield f"empty {shape}", partial(gae.compare_empty, shape, context.device)
+
+
+@check(CORRECTNESS, "reverse-scan", "the recurrence: layouts, forms of decay, initial values, dtypes, strides", sampled=True)
+def _(context: Context):
+    for problem in recurrence.scan_problems():
+        yield describe(problem), partial(recurrence.compare_scan_problem, problem, context.device)
+
+
+@check(CORRECTNESS, "reverse-scan-gradient", "its adjoint, and the gradient of the decay, for the same problems", sampled=True)
+def _(context: Context):
+    for problem in recurrence.scan_problems():
+        yield describe(problem), partial(recurrence.compare_scan_problem, problem, context.device, recurrence.compare_scan_gradients)
+
+
+@check(CORRECTNESS, "reverse-scan-shapes", "the recurrence around the tile sizes", sampled=True)
+def _(context: Context):
+    shapes = itertools.product(recurrence.SHAPES, recurrence.SHAPE_DTYPES, (False, True), TIME_DIMS.items())
+    for shape, dtype, per_position, (layout, time_dim) in shapes:
+        title = f"{shape}, {layout}, {dtype}, decay {'per position' if per_position else 'number'}"
+        yield title, partial(recurrence.compare_scan_shape, shape, dtype, per_position, time_dim, context.device)
+
+
+@check(CORRECTNESS, "vtrace", "targets and both advantages: layouts, flags, clips, next and bootstrap values, dtypes, masks", sampled=True)
+def _(context: Context):
+    for problem in recurrence.vtrace_problems():
+        yield describe(problem), partial(recurrence.compare_vtrace_problem, problem, context.device)
+
+
+@check(CORRECTNESS, "vtrace-shapes", "V-trace around the tile sizes", sampled=True)
+def _(context: Context):
+    shapes = itertools.product(recurrence.SHAPES, recurrence.SHAPE_DTYPES, (False, True), TIME_DIMS.items())
+    for shape, dtype, masked, (layout, time_dim) in shapes:
+        title = f"{shape}, {layout}, {dtype}, {'masked' if masked else 'plain'}"
+        yield title, partial(recurrence.compare_vtrace_shape, shape, dtype, masked, time_dim, context.device)
 
 
 @check(CORRECTNESS, "far", "offsets and strides beyond 2^31 elements (4 GiB on a GPU)")

@@ -1,0 +1,23 @@
+// The reverse scan on the CPU.
+#include "../reverse_scan.h"
+
+#include "over_sequences.h"
+
+namespace fused_critic::cpu {
+
+template <typename T>
+void reverse_scan(const ReverseScanParams& p) {
+  over_sequences(p.layout, p.x, [&](const SequenceWalk& walk) { scan_kernels<T>().reverse_scan(p, walk); });
+}
+
+template <typename T>
+void reverse_scan_backward(const ReverseScanBackwardParams& p) {
+  over_sequences(p.layout, p.grad, [&](const SequenceWalk& walk) { scan_kernels<T>().reverse_scan_adjoint(p, walk); });
+}
+
+template void reverse_scan<float>(const ReverseScanParams&);
+template void reverse_scan<double>(const ReverseScanParams&);
+template void reverse_scan_backward<float>(const ReverseScanBackwardParams&);
+template void reverse_scan_backward<double>(const ReverseScanBackwardParams&);
+
+}  // namespace fused_critic::cpu
