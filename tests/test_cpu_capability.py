@@ -31,6 +31,10 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         ends, padding = scrambled[3] % 61 == 0, torch.arange(1237) < 1000 + 50 * torch.arange(5)[:, None]
         out += fused_critic.gae(x[2], x[0], mask, terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)
         out += fused_critic.gae(x[2], x[0], padding, next_values=x[1], terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)
+        scanned = fused_critic.reverse_scan(x[2], x[0].requires_grad_(), time_dim=time_dim)
+        out += (scanned.detach(), *torch.autograd.grad(scanned.sum(), x[0]))
+        x[0] = x[0].detach()
+        out += fused_critic.vtrace(x[2], x[0], x[1], mask, terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)
         for tensor in (loss.detach(), stats.moments, values.grad, *out, fused_critic.gae(x[2], x[0], gamma=0.99, lam=0.95).returns):
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 print(torch.ops.fused_critic._cpu_capability(), digest.hexdigest())

@@ -54,7 +54,7 @@ class Case:
     """One call and what it may cost."""
 
     name: str
-    operator: str  # gae, value_loss or value_loss_backward
+    operator: str  # gae, reverse_scan, vtrace, value_loss or value_loss_backward
     kernels: tuple[str, ...]  # launched in this order
     instructions: int | None = None  # per 1000 tokens, at most; None: for sizes at which only bytes are of interest
     shape: tuple[int, ...] = ROWS
@@ -76,7 +76,8 @@ class Case:
     def compulsory_bytes(self):
         """Per token."""
         mask = 0 if self.mask is None else self.mask_dtype.itemsize
-        others = ({"gae": 3, "value_loss": 2, "value_loss_backward": 2}[self.operator] + 2 * self.range_per_token) * torch.float32.itemsize
+        operands = {"gae": 3, "reverse_scan": 2, "vtrace": 5, "value_loss": 2, "value_loss_backward": 2}[self.operator]
+        others = (operands + 2 * self.range_per_token) * torch.float32.itemsize
         gradient = self.values_dtype.itemsize if self.operator == "value_loss_backward" else 0
         return self.values_dtype.itemsize + others + mask + gradient
 
@@ -124,6 +125,12 @@ CASES = [
     Case("gae-1M", "gae", (SCAN_ROWS,), shape=MILLION),
     Case("gae-1M-random-mask", "gae", (SCAN_ROWS,), shape=MILLION, mask=random_70_percent),
     Case("gae-1M-time-major", "gae", (SCAN_COLUMNS,), shape=MILLION, layout={"time_dim": 0}),
+    Case("reverse-scan", "reverse_scan", (SCAN_ROWS,), 1000),
+    Case("reverse-scan-time-major", "reverse_scan", (SCAN_COLUMNS,), 1100, shape=COLUMNS, layout={"time_dim": 0}),
+    # The values of the next positions are written and read in between: 12 bytes beside 24, or 13 beside 25.
+    Case("vtrace", "vtrace", (SCAN_ROWS, SCAN_ROWS), 3150, bytes_moved=1.53),
+    Case("vtrace-padded", "vtrace", (SCAN_ROWS, SCAN_ROWS), 3150, mask=right_padded, bytes_moved=1.55),
+    Case("vtrace-time-major", "vtrace", (SCAN_COLUMNS, SCAN_COLUMNS), 3850, shape=COLUMNS, layout={"time_dim": 0}, bytes_moved=1.53),
     Case("loss", "value_loss", (LOSS,), 1220, mask=everything),
     Case("loss-padded", "value_loss", (LOSS,), 1010, mask=right_padded),
     Case("loss-random-mask", "value_loss", (LOSS,), 1620, mask=random_70_percent),
@@ -186,6 +193,10 @@ def run(case, simulator):
     start = len(simulator.launches())
     if case.operator == "gae":
         fused_critic.gae(x, values, mask, **{**FACTORS, **options}, **layout)
+    elif case.operator == "reverse_scan":
+        fused_critic.reverse_scan(x, values, **layout)
+    elif case.operator == "vtrace":
+        fused_critic.vtrace(x, values, old_values, mask, **FACTORS, **layout)
     else:
         values.requires_grad_(case.operator == "value_loss_backward")
         options |= {"clip_range": (-old_values.abs(), old_values.abs())} if case.range_per_token else {}

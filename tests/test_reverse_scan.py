@@ -18,6 +18,7 @@ from fused_critic.check.recurrence import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.fused_critic
 problems = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in SCAN_FACTORS.items()})
@@ -44,13 +45,27 @@ def test_gradients_match_reference(device, problem):
     compare_scan_problem(problem, device, compare_scan_gradients)
 
 
+def compare_gradients_with_float64(x, decay, init, **options):
+    """With those of the float64 CPU kernels, which the test above holds against the reference: that is slow where sequences are long."""
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    inputs = [t for t in (x, init, decay) if isinstance(t, torch.Tensor)]
+
+    def gradients(where, wide):
+        leaves = [t.to(where, wide or t.dtype).requires_grad_() for t in inputs]
+        y = fused_critic.reverse_scan(leaves[0], *(leaves[2:] or [decay]), leaves[1], **options)
+        return torch.autograd.grad(y, leaves, weights.to(where, y.dtype))
+
+    for t, got, expected in zip(inputs, gradients(x.device, None), gradients("cpu", torch.float64)):
+        cases.assert_close(got, expected, cases.stored(cases.tolerance(x.dtype), t.dtype))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", SHAPE_DTYPES)
 @pytest.mark.parametrize("per_position", [False, True], ids=["number", "per position"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_shapes(device, shape, dtype, per_position, time_dim):
     compare_scan_shape(shape, dtype, per_position, time_dim, device)
-    compare_scan_shape(shape, dtype, per_position, time_dim, device, compare_scan_gradients)
+    compare_scan_shape(shape, dtype, per_position, time_dim, device, compare_gradients_with_float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -173,7 +188,7 @@ def test_double_backward_raises(device):
 
 
 def test_compiled_without_recompilation(device):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, decay: fused_critic.reverse_scan(x, decay).sum(), backend=counter, fullgraph=True, dynamic=True)
     for decay in (0.5, 0.25, 0.75):
@@ -230,6 +245,6 @@ def test_cu_seqlens_on_cuda_stay_in_bounds(device):
     """On CUDA the host never reads cu_seqlens: nonsense gives nonsense, but no access outside of the tensors."""
     if device != "cuda":
         pytest.skip("on the CPU cu_seqlens is always validated")
-    nonsense = torch.tensor([-7, 30, 3, 2**40, -(2**50), 24], device=device)
-    x, decay = torch.randn(24, device=device, requires_grad=True), torch.rand(5, device=device, requires_grad=True)
+    nonsense = torch.tensor([-7, 5, 9, 2**40, -(2**50)], device=device)
+    x, decay = torch.randn(24, device=device, requires_grad=True), torch.rand(4, device=device, requires_grad=True)
     fused_critic.reverse_scan(x, decay, cu_seqlens=nonsense).sum().backward()

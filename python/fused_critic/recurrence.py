@@ -26,9 +26,7 @@ class VTraceOutput(NamedTuple):
     advantages: Tensor
 
 
-def reverse_scan(
-    x: Tensor, decay: Number, init: Tensor | None = None, *, cu_seqlens: Tensor | None = None, time_dim: int = -1
-) -> Tensor:
+def reverse_scan(x: Tensor, decay: Number, init: Tensor | None = None, *, cu_seqlens: Tensor | None = None, time_dim: int = -1) -> Tensor:
     r"""First-order linear recurrence from the last position of each sequence to its first, parallel in time on CUDA:
 
     .. math:: y_t = x_t + decay_t\, y_{t+1}, \qquad y_{T+1} = init

@@ -125,7 +125,7 @@ def scan_problems():
 
 def compare_scan_shape(shape, dtype, per_position, time_dim, device, function=compare_scan):
     generator = torch.Generator().manual_seed(0)
-    shape = shape if time_dim == -1 else (shape[1] // shape[0], 8 * shape[0])
+    shape = shape if time_dim == -1 else (shape[1] // 8, 8 * shape[0])
     x = torch.randn(shape, generator=generator).to(device, dtype)
     decay = torch.rand(shape, generator=generator).to(device, dtype) if per_position else 0.97
     init = torch.randn(shape[1 + time_dim], generator=generator).to(device)
@@ -195,7 +195,7 @@ def vtrace_problems():
 
 def compare_vtrace_shape(shape, dtype, masked, time_dim, device):
     generator = torch.Generator().manual_seed(0)
-    shape = shape if time_dim == -1 else (shape[1] // shape[0], 8 * shape[0])
+    shape = shape if time_dim == -1 else (shape[1] // 8, 8 * shape[0])
     rewards, values, logs = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     mask = cases.mask(shape, torch.bool, generator).to(device) if masked else None
     return compare_vtrace(rewards, values, log_rhos=logs, mask=mask, gamma=0.99, lam=0.95, time_dim=time_dim)
