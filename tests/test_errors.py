@@ -219,8 +219,6 @@ TABLE = [
         r"gae: returns_lam: expected a number or a tensor without gradient",
     ),
     (gae, {"mask_mode": "ignore", "mask": torch.ones(6)}, ValueError, r"gae: mask: expected shape \[4, 6\].*got \[6\]"),
-    # what a later version brings
-    (gae, {"carry_masked_rewards": True}, NotImplementedError, r"gae: carry_masked_rewards: expected the default"),
 ]
 
 

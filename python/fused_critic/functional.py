@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._turns import Turns, carried_rewards, check_turn_ids
 from .stats import ValueLossStats
 
 Number = float | int | Tensor
@@ -163,6 +164,7 @@ def gae(
     cu_seqlens: Tensor | None = None,
     time_dim: int = -1,
     carry_masked_rewards: bool = False,
+    turn_ids: Tensor | None = None,
     whiten: bool = False,
 ) -> GAEOutput:
     r"""Generalised advantage estimation (Schulman et al., arXiv:1506.02438), differentiable in the four value-like inputs.
@@ -200,7 +202,14 @@ def gae(
         next_values: the shape of ``rewards``: the value of each step's own next state.
         bootstrap_values: one per sequence ([B], or [S] when packed): the value after the last position. Not beside ``next_values``.
         cu_seqlens, time_dim: as for :func:`value_loss`.
-        carry_masked_rewards: not there yet (NotImplementedError).
+        carry_masked_rewards: add the rewards of masked positions to the nearest earlier valid position instead of dropping them; those before
+            the first valid one are dropped. For ``mask_mode="skip"``. All rewards have to be finite then, those of masked positions too.
+        turn_ids: the shape of ``rewards``, integer: turns instead of tokens are the time steps (AReaL's ``gae_timestep_unit="turn"``). A turn is a
+            maximal run of equal ids among the valid tokens of one sequence, in time order. Its reward is the sum of its tokens', its value
+            that at its first token, its next value that of the next turn (``next_values``: at its last token), and its flags are set
+            where those of any of its tokens are. Its advantage, and as return that advantage and its value together, go to all of its tokens.
+            For ``mask_mode="skip"``; rewards and results have to be finite. (AReaL has one turn per id, asks for ids that do not decrease, which
+            makes that the same, and leaves the values as the returns of masked tokens, which are 0 here.)
         whiten: whiten the advantages over the valid positions as :func:`masked_whiten` does. The returns are not affected.
 
     Raises:
@@ -209,11 +218,18 @@ def gae(
         TypeError: a dtype that is not supported.
         NotImplementedError: an option that is not there yet.
     """
-    if carry_masked_rewards:
-        raise NotImplementedError(
-            "fused_critic.gae: carry_masked_rewards: expected the default, got a value that this version does not support yet"
-        )
-    tensors = (mask, terminated, truncated, next_values, bootstrap_values, cu_seqlens)
+    if carry_masked_rewards and mask_mode != "skip":
+        raise ValueError(f"fused_critic.gae: carry_masked_rewards: expected mask_mode 'skip' beside it, got {mask_mode!r}")
+    if carry_masked_rewards and mask is not None:
+        rewards = carried_rewards(rewards, mask, cu_seqlens, time_dim)
+    steps, turns = mask, None
+    if turn_ids is not None:
+        check_turn_ids(turn_ids, rewards, mask_mode)
+        turns = Turns(turn_ids, mask, cu_seqlens, time_dim)
+        rewards, steps, terminated, truncated, next_values = (
+            turns.sums(rewards), turns.starts, turns.any(terminated), turns.any(truncated), turns.last(next_values)
+        )  # fmt: skip
+    tensors = (steps, terminated, truncated, next_values, bootstrap_values, cu_seqlens)
     if torch.compiler.is_compiling() or _has_tensor(gamma, lam, returns_lam):
         gamma, lam, returns_lam = (_as_tensor(x, rewards) for x in (gamma, lam, returns_lam))
         advantages, returns = _gae_tensor(rewards, values, gamma, lam, *tensors, returns_lam, mask_mode=mask_mode, time_dim=time_dim)
@@ -221,6 +237,8 @@ def gae(
         options = {"gamma": gamma, "lam": lam, "mask_mode": mask_mode, "time_dim": time_dim, "returns_lam": returns_lam}
         options = {name: value for name, value in options.items() if value != _GAE_DEFAULTS[name]}
         advantages, returns = _gae(rewards, values, *tensors, **options)
+    if turns is not None:
+        advantages, returns = turns.spread(advantages), turns.spread(returns)
     if whiten:
         advantages = masked_whiten(advantages, mask)
     return GAEOutput(advantages, returns)

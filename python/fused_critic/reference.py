@@ -221,6 +221,54 @@ def _assemble(found, shape):
     return torch.tensor(flat, dtype=torch.float64).reshape(shape)
 
 
+def carried_rewards(rewards, mask, *, cu_seqlens=None, time_dim=-1):
+    """The rewards of gae's carry_masked_rewards, float64; 0 at masked positions."""
+    r, m, found = _nested(rewards), _nested(mask), {}
+    for row in sequences(rewards.shape, cu_seqlens, time_dim):
+        receiver = None
+        for index in row:
+            if _at(m, index) != 0:
+                receiver, found[index] = index, 0.0
+            if receiver is not None:
+                found[receiver] = found[receiver] + _at(r, index)
+    return _assemble(found, rewards.shape)
+
+
+def turn_gae(
+    rewards, values, turn_ids, mask=None, *, gamma, lam, terminated=None, truncated=None, next_values=None, bootstrap_values=None,
+    cu_seqlens=None, time_dim=-1,
+):  # fmt: skip
+    """gae with turn_ids: the sequence of turns as a sequence of its own."""
+    shape, bootstrap = rewards.shape, None if bootstrap_values is None else bootstrap_values.reshape(-1)
+    advantages, returns = {}, {}
+    for s, row in enumerate(sequences(shape, cu_seqlens, time_dim)):
+        turns = []
+        for index in row:
+            if mask is not None and mask[index] == 0:
+                continue
+            if not turns or turn_ids[turns[-1][-1]] != turn_ids[index]:
+                turns.append([])
+            turns[-1].append(index)
+        if not turns:
+            continue
+
+        def of_turns(x, reduce):
+            return None if x is None else torch.stack([reduce([x[index].cpu().double() for index in turn]) for turn in turns])
+
+        def any_set(flags):
+            return torch.stack(flags).count_nonzero()
+
+        out = gae(
+            of_turns(rewards, sum), of_turns(values, lambda of: of[0]), gamma=gamma, lam=lam, terminated=of_turns(terminated, any_set),
+            truncated=of_turns(truncated, any_set), next_values=of_turns(next_values, lambda of: of[-1]),
+            bootstrap_values=None if bootstrap is None else bootstrap[s],
+        )  # fmt: skip
+        for turn, advantage, ret in zip(turns, out.advantages, out.returns):
+            for index in turn:
+                advantages[index], returns[index] = advantage, ret
+    return SimpleNamespace(advantages=_assemble(advantages, shape), returns=_assemble(returns, shape))
+
+
 def reverse_scan(x, decay, init=None, *, cu_seqlens=None, time_dim=-1):
     """y, float64, as a differentiable function of whatever requires grad."""
     decay = torch.as_tensor(decay, dtype=torch.float64) if not isinstance(decay, torch.Tensor) else decay
