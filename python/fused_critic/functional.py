@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._turns import Turns, carried_rewards, check_turn_ids
 from .stats import ValueLossStats
+from .whiten import masked_whiten
 
 Number = float | int | Tensor
 
@@ -111,6 +112,9 @@ def value_loss(
             only with the environment variable FUSED_CRITIC_CHECK=1, which synchronises.
         time_dim: the time dimension of a 2-d input.
 
+    Instead of ``cu_seqlens`` and ``time_dim``, all per-token arguments may be jagged nested tensors [B, T*] (``torch.nested``,
+    ``layout=torch.jagged``) that share one offsets tensor; they are read as they lie, and a per-token result is jagged with the same offsets.
+
     Raises:
         ValueError: shapes that differ (nothing is broadcast), devices that differ, bad ``cu_seqlens``, numbers out of range, unknown names, a
             missing ``old_values`` or global count, an input other than ``values`` that requires grad.
@@ -212,6 +216,8 @@ def gae(
             makes that the same, and leaves the values as the returns of masked tokens, which are 0 here.)
         whiten: whiten the advantages over the valid positions as :func:`masked_whiten` does. The returns are not affected.
 
+    Jagged nested tensors: as for :func:`value_loss`; ``bootstrap_values`` stays [B].
+
     Raises:
         ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma``, ``lam`` or ``returns_lam`` out of range or with
             a gradient, ``truncated`` without ``next_values``, ``bootstrap_values`` beside them, an unknown name.
@@ -244,55 +250,6 @@ def gae(
     return GAEOutput(advantages, returns)
 
 
-def masked_whiten(
-    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8, group=None
-) -> Tensor:
-    """``(x - mean) * rsqrt(var + eps)`` over the valid positions, 0 at the others.
-
-    Mean and variance are two-pass, their sums in float64. Fewer than two valid positions give zeros, without a synchronisation.
-
-    Args:
-        x: any shape, floating.
-        mask: the shape of ``x``, non-zero: valid. None: all valid.
-        shift_mean: False adds the mean back.
-        unbiased: divide the sum of squares by n - 1 rather than n.
-        eps: added to the variance.
-        group: not there yet (NotImplementedError): a process group over which the moments are merged.
-
-    Raises:
-        ValueError: a mask of another shape or device.
-        TypeError: ``x`` is not floating.
-    """
-    if group is not None:
-        raise NotImplementedError("fused_critic.masked_whiten: group: expected None, got a group, which this version does not support yet")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"fused_critic.masked_whiten: x: expected a floating dtype, got {x.dtype}")
-    if mask is not None and mask.shape != x.shape:
-        raise ValueError(
-            f"fused_critic.masked_whiten: mask: expected shape {list(x.shape)} (that of x), got {list(mask.shape)}; nothing is broadcast"
-        )
-    if mask is not None and mask.device != x.device:
-        raise ValueError(f"fused_critic.masked_whiten: mask: expected device {x.device} (that of x), got {mask.device}")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide, masked, n = x.to(dtype), None, x.new_full((), x.numel(), dtype=torch.float64)
-    if mask is not None:
-        masked, n = mask == 0, mask.count_nonzero().to(torch.float64)
-        wide = wide.masked_fill(masked, 0)
-    count = n.clamp(min=1)
-    mean = wide.sum(dtype=torch.float64) / count
-    centred = wide - mean.to(dtype)
-    if masked is not None:
-        centred.masked_fill_(masked, 0)
-    # The mean was rounded to be subtracted; what is left of it is taken out here.
-    rest = centred.sum(dtype=torch.float64) / count
-    squares = centred.square().sum(dtype=torch.float64) - count * rest * rest
-    variance = squares / (n - 1 if unbiased else n).clamp(min=1)
-    scale = torch.where(n > 1, torch.rsqrt(variance + eps), 0.0)
-    shift = -rest * scale + (0.0 if shift_mean else torch.where(n > 1, mean, 0.0))
-    whitened = torch.addcmul(shift.to(dtype), centred, scale.to(dtype))
-    if masked is not None:
-        whitened.masked_fill_(masked, 0)
-    return whitened.to(x.dtype)
 
 
 def _pair(clip_range):

@@ -1,0 +1,105 @@
+"""Whitening over the valid positions, of one process or of a whole process group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _jagged
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8, group=None
+) -> Tensor:
+    """``(x - mean) * rsqrt(var + eps)`` over the valid positions, 0 at the others.
+
+    Mean and variance are two-pass; fewer than two valid positions give zeros, without a synchronisation. Differentiable in ``x`` where no
+    ``group`` is given.
+
+    Args:
+        x: any shape, floating; or a jagged nested tensor [B, T*].
+        mask: the shape of ``x`` (jagged beside a jagged ``x``), non-zero: valid. None: all valid.
+        shift_mean: False adds the mean back.
+        unbiased: divide the sum of squares by n - 1 rather than n.
+        eps: added to the variance.
+        group: a ``torch.distributed`` process group (``torch.distributed.group.WORLD``: all ranks) over whose ranks mean and variance are
+            taken, as if their positions were one tensor's. Every rank of it must make the call, also one with nothing valid or with an empty
+            ``x``; shapes and dtypes may differ. Costs one all-gather of three float64 numbers, whose merge (Chan, Golub and LeVeque, 1979)
+            has the same bits on every rank. None: no communication. The moments depend on every rank's ``x``, so that a gradient would
+            need a second collective: an ``x`` that requires grad is an error beside a group.
+
+    Raises:
+        ValueError: a mask of another shape or device, ``group`` beside an ``x`` that requires grad, jagged beside strided arguments.
+        TypeError: ``x`` is not floating, ``group`` is not a process group of this rank.
+    """
+    if x.is_nested or (mask is not None and mask.is_nested):
+        offsets, (x, mask) = _jagged.unwrap("masked_whiten", {"x": x, "mask": mask})
+        options = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
+        return _jagged.wrap(masked_whiten(x, mask, **options), offsets)
+    _check(x, mask, group)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(dtype)
+    if mask is None:
+        valid, filled, n = None, wide, x.new_full((), x.numel(), dtype=torch.float64)
+    else:
+        valid = mask if mask.dtype == torch.bool else mask != 0
+        filled, n = torch.where(valid, wide, 0.0), valid.count_nonzero().to(torch.float64)
+    count = n.clamp(min=1)
+    # Near enough to the mean for the deviations from it to be small: they give the moments.
+    centre = (_sum(filled) / count).to(dtype)
+    centred = wide - centre
+    if valid is not None:
+        centred = torch.where(valid, centred, 0.0)
+    offset = _sum(centred) / count  # of the mean from the centre
+    squares = _sum(centred.square()) - count * offset * offset
+    if group is not None:
+        n, mean, squares = _merge_over_ranks(torch.stack([n, centre + offset, squares]), group)
+        offset = mean - centre
+    variance = squares / (n - 1 if unbiased else n).clamp(min=1)
+    scale = torch.where(n > 1, torch.rsqrt(variance + eps), 0.0)
+    shift = offset * scale
+    if not shift_mean:
+        shift = shift - torch.where(n > 1, centre + offset, 0.0)
+    whitened = (centred * scale).sub_(shift)
+    if valid is not None:
+        whitened = torch.where(valid, whitened, 0.0)
+    return whitened.to(x.dtype)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum as float64: within a row in the type of x, where torch sums pairwise, over the rows in float64. Makes no float64 copy of x."""
+    return x.sum(-1).sum(dtype=torch.float64)
+
+
+def _merge_over_ranks(moments: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations of all ranks' positions together, from [3] of this rank."""
+    import torch.distributed as dist
+
+    gathered = moments.new_empty(dist.get_world_size(group) * moments.numel())
+    dist.all_gather_into_tensor(gathered, moments, group=group)  # torch.compile makes a functional collective of it
+    counts, means, squares = gathered.view(-1, moments.numel()).unbind(1)
+    n = counts.sum()
+    mean = (counts * means).sum() / n.clamp(min=1)
+    return n, mean, (squares + counts * (means - mean).square()).sum()
+
+
+def _check(x: Tensor, mask: Tensor | None, group) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"fused_critic.masked_whiten: x: expected a floating dtype, got {x.dtype}")
+    if mask is not None and mask.shape != x.shape:
+        raise ValueError(
+            f"fused_critic.masked_whiten: mask: expected shape {list(x.shape)} (that of x), got {list(mask.shape)}; nothing is broadcast"
+        )
+    if mask is not None and mask.device != x.device:
+        raise ValueError(f"fused_critic.masked_whiten: mask: expected device {x.device} (that of x), got {mask.device}")
+    if group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"fused_critic.masked_whiten: group: expected a torch.distributed process group that this rank is in, got {type(group).__name__}"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "fused_critic.masked_whiten: x: expected a tensor without gradient beside a group (the moments depend on every rank's x), "
+            "got one with requires_grad; detach() it"
+        )
