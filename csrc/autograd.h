@@ -32,6 +32,16 @@ inline std::optional<at::Tensor> unpack_optional(const torch::autograd::SavedVar
   return y.defined() ? std::optional<at::Tensor>(std::move(y)) : std::nullopt;
 }
 
+inline bool has_tangent(const at::Tensor& x) { return x.defined() && x._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const std::optional<at::Tensor>& x) { return x.has_value() && has_tangent(*x); }
+
+// Forward-mode differentiation has no formula here; without this check the tangents of `inputs` would be dropped in silence.
+template <typename... Tensors>
+void forbid_forward_mode(const char* op, const Tensors&... inputs) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...), op, ": forward-mode differentiation (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) is not "
+                              "supported; reverse mode is (torch.func.grad, vjp, jacrev)");
+}
+
 // Lets a gradient be computed but not be differentiated again: that raises `message`.
 inline void forbid_double_backward(const char* message, const torch::autograd::variable_list& inputs, const torch::autograd::variable_list& outputs) {
   if (!torch::autograd::compute_requires_grad(inputs)) return;

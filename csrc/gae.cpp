@@ -227,6 +227,7 @@ template <typename Call, typename Numbers>
 Outputs with_autograd(const at::Tensor& rewards, const at::Tensor& values, const OptionalTensor& mask, const OptionalTensor& terminated, const OptionalTensor& truncated,
                       const OptionalTensor& next_values, const OptionalTensor& bootstrap_values, const OptionalTensor& cu_seqlens, c10::string_view mask_mode,
                       int64_t time_dim, const Call& call, const Numbers& numbers) {
+  forbid_forward_mode(kOp, rewards, values, next_values, bootstrap_values);
   Outputs out;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -288,6 +289,7 @@ Outputs gae_tensor_autograd(const at::Tensor& rewards, const at::Tensor& values,
 Gradients gae_backward_autograd(const OptionalTensor& grad_advantages, const OptionalTensor& grad_returns, const OptionalTensor& mask, const OptionalTensor& terminated,
                                 const OptionalTensor& truncated, const OptionalTensor& cu_seqlens, const at::Tensor& gamma, const at::Tensor& lam,
                                 const OptionalTensor& returns_lam, bool has_next_values, std::array<bool, 4> wanted, c10::string_view mask_mode, int64_t time_dim) {
+  forbid_forward_mode(kOp, grad_advantages, grad_returns);
   Gradients out;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;

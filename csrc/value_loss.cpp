@@ -324,6 +324,7 @@ struct ValueLossNode : torch::autograd::Node {
 template <typename Call>
 Outputs with_autograd(const at::Tensor& values, const OptionalTensor& old_values, const at::Tensor& returns, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
                       const OptionalTensor& clip_low, const OptionalTensor& clip_high, const OptionalTensor& loss_clamp, const CallOptions& options, const Call& call) {
+  forbid_forward_mode(kOp, values, old_values, returns, mask);
   const bool recording = at::GradMode::is_enabled();
   if (recording) {
     const auto constant = [](const char* name, bool needs) {
@@ -393,6 +394,7 @@ at::Tensor value_loss_backward_autograd(const at::Tensor& grad_loss, const at::T
                                         const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const at::Tensor& residuals, const OptionalTensor& clip_low,
                                         const OptionalTensor& clip_high, bool clip, c10::string_view reduction, int64_t time_dim, c10::string_view criterion,
                                         double delta, bool clip_only, bool clamp) {
+  forbid_forward_mode(kOp, grad_loss, values, old_values, returns, mask);
   at::Tensor out;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
