@@ -338,12 +338,121 @@ def test_compile_with_options(device):
     assert counter.frame_count == compilations
 
 
+def test_func_vmap_of_every_kind(device):
+    """Per-token results, statistics, numbers, samples and nested ensembles, each against a loop."""
+    values, old, returns, mask = inputs(device)
+    ensemble = torch.randn(2, 3, 4, 9, generator=torch.Generator().manual_seed(1)).to(device)
+    numbers = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, device=device)
+
+    def loss(values, old=old, returns=returns, mask=mask, **options):
+        return fused_critic.value_loss(values, old, returns, mask, **options).loss
+
+    def advantages(values, gamma=0.9):
+        return fused_critic.gae(returns, values, mask, gamma=gamma, lam=0.8, whiten=True).advantages
+
+    def statistics(values):
+        return fused_critic.value_loss(values, old, returns, mask).stats
+
+    losses = lambda v: loss(v, reduction="none")  # noqa: E731
+    clipped, discounted = (lambda x: loss(values, clip_range=x)), (lambda x: advantages(values, x))
+    for function, batch in ((losses, ensemble[0]), (advantages, ensemble[0]), (clipped, numbers), (discounted, numbers)):
+        cases.assert_close(torch.func.vmap(function)(batch), torch.stack([function(x) for x in batch]), 1e-6)
+    merged = torch.func.vmap(statistics)(ensemble[0])
+    assert isinstance(merged, fused_critic.ValueLossStats)
+    cases.assert_same_bits(merged.moments, torch.stack([statistics(v).moments for v in ensemble[0]]))
+    for function in (loss, torch.func.grad(loss)):
+        expected = torch.stack([torch.stack([function(v) for v in row]) for row in ensemble])
+        cases.assert_same_bits(torch.func.vmap(torch.func.vmap(function))(ensemble), expected)
+    per_sample = torch.func.vmap(torch.func.grad(loss))
+    expected = torch.stack([torch.func.grad(loss)(*row) for row in zip(values, old, returns, mask)])
+    cases.assert_same_bits(per_sample(values, old, returns, mask), expected)
+
+
+def test_func_ensemble_of_critics(device):
+    """A whole critic step per member, vectorised over the members' parameters, against one member at a time."""
+    _, old, rewards, mask = inputs(device)
+    torch.manual_seed(0)
+    critics = [torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).to(device) for _ in range(3)]
+    observations = torch.randn(4, 9, 5).to(device)
+
+    def step(parameters, buffers):
+        values = torch.func.functional_call(critics[0], (parameters, buffers), (observations,)).squeeze(-1)
+        advantages, returns = fused_critic.gae(rewards, values.detach(), mask, gamma=0.9, lam=0.8)
+        return fused_critic.value_loss(values, old, returns, mask).loss, advantages
+
+    gradients, advantages = torch.func.vmap(torch.func.grad(step, has_aux=True))(*torch.func.stack_module_state(critics))
+    for i, critic in enumerate(critics):
+        expected, expected_advantages = torch.func.grad(step, has_aux=True)(dict(critic.named_parameters()), {})
+        cases.assert_close(advantages[i], expected_advantages, 1e-6)
+        for name, gradient in expected.items():
+            cases.assert_close(gradients[name][i], gradient, 1e-6, name)
+
+
+def test_func_jacobians(device):
+    """jacrev of per-token results: the loss of a token depends on its own value alone; an advantage on those that follow."""
+    values, old, returns, mask = inputs(device, SMALL)
+    losses = lambda v: fused_critic.value_loss(v, old, returns, mask, reduction="none").loss.flatten()  # noqa: E731
+    advantages = lambda v: fused_critic.gae(returns, v, mask, gamma=0.9, lam=0.8).advantages.flatten()  # noqa: E731
+    for function in (losses, advantages):
+        jacobian = torch.func.jacrev(function)(values)
+        leaf = values.clone().requires_grad_()
+        rows = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in function(leaf)]
+        cases.assert_same_bits(jacobian, torch.stack(rows))
+    diagonal = torch.func.jacrev(losses)(values).flatten(1)
+    assert torch.equal(diagonal, diagonal.diagonal().diag())
+    _, pull_back = torch.func.vjp(losses, values)
+    cases.assert_same_bits(pull_back(torch.ones(values.numel(), device=device))[0].flatten(), diagonal.diagonal())
+
+
+def test_forward_mode_is_refused(device):
+    """Nothing may lose a tangent in silence, also not behind a reverse mode (a Hessian is jacfwd of jacrev)."""
+    values, old, returns, mask = inputs(device)
+    functions = {
+        "value_loss": lambda v: fused_critic.value_loss(v, old, returns, mask).loss,
+        "gae": lambda v: fused_critic.gae(returns, v, mask, gamma=0.9, lam=0.8).advantages.square().sum(),
+    }
+    for name, function in functions.items():
+        refused = pytest.raises(NotImplementedError, match=f"fused_critic.{name}: forward-mode differentiation .* is not supported")
+        with refused:
+            torch.func.jvp(function, (values,), (torch.ones_like(values),))
+        with refused:
+            torch.func.jacfwd(function)(values)
+        with refused:
+            torch.func.hessian(function)(values)
+        with refused, torch.autograd.forward_ad.dual_level():
+            function(torch.autograd.forward_ad.make_dual(values, torch.ones_like(values)))
+    with torch.autograd.forward_ad.dual_level():  # other tensors' tangents are no matter of these operators
+        for function in functions.values():
+            function(values)
+    # Whitening is made of torch's own operators, which have the mode.
+    whiten = lambda x: fused_critic.masked_whiten(x, mask)  # noqa: E731
+    wide = values.double()
+    cases.assert_close(torch.func.jacfwd(whiten)(wide), torch.func.jacrev(whiten)(wide), 1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(device, dtype):
-    arguments = inputs(device)
-    expected = fused_critic.value_loss(*arguments).loss
-    with torch.autocast(device, dtype=dtype):
-        cases.assert_same_bits(fused_critic.value_loss(*arguments).loss, expected)
+    for input_dtype in (torch.float32, torch.bfloat16):
+        tensors = [x if x.dtype == torch.bool else x.to(input_dtype) for x in inputs(device)]
+        expected = run_step(critic_step, tensors, STEPS[0])
+        white = fused_critic.masked_whiten(*tensors[::3])
+        with torch.autocast(device, dtype=dtype):
+            got = run_step(critic_step, tensors, STEPS[0])
+            cases.assert_same_bits(fused_critic.masked_whiten(*tensors[::3]), white)
+        for name, tensor in expected.items():
+            cases.assert_same_bits(got[name], tensor, name)
+
+
+def test_reduce_overhead(device):
+    """On cuda the mode captures the operators in CUDA graphs and replays them with new inputs."""
+    if device != "cpu" and not torch.utils._triton.has_triton():
+        pytest.skip("inductor on cuda needs Triton, which needs a GPU")
+    torch._dynamo.reset()
+    compiled = torch.compile(critic_step, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):  # a warm-up, the capture, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        tensors = inputs(device, seed=seed)
+        compare_results(run_step(compiled, tensors, STEPS[0]), run_step(critic_step, tensors, STEPS[0]), tolerance=1e-6)
 
 
 def test_statistics_under_compile_and_pytree(device):
