@@ -4,6 +4,8 @@ import fused_critic
 import pytest
 import torch
 from fused_critic.check import cases
+from fused_critic.check.runner import Context
+from fused_critic.check.torch_features import compare_jagged
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -154,6 +156,11 @@ def test_nothing_is_copied(device):
     (call,) = [arguments for name, arguments in recorded.calls if name == "fused_critic::value_loss"]
     assert call == [x.data_ptr() for x in (*packed, offsets)]
     assert not {"aten::copy_", "aten::clone", "aten::_to_copy", "aten::constant_pad_nd"} & {name for name, _ in recorded.calls}
+
+
+def test_without_a_synchronisation(device):
+    """The check of the command line: on CUDA the contents of the offsets are never read by the host."""
+    compare_jagged(Context(torch.device(device)))
 
 
 def test_raw_operators(device):

@@ -74,6 +74,41 @@ def _(context: Context):
     yield "with code generation", partial(compare_compiled, "inductor", context)
 
 
+def arranged_step(tensors, arrange, **layout):
+    """A critic step on packed tokens that `arrange` lays out."""
+    values, old_values, rewards, mask = tensors
+    leaf = values.detach().requires_grad_()
+    old, reward, valid = (arrange(x) for x in (old_values, rewards, mask))
+    advantages, returns = fused_critic.gae(reward, arrange(values), valid, gamma=0.9, lam=0.8, **layout)
+    loss, stats = fused_critic.value_loss(arrange(leaf), old, returns, valid, **layout)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return {"advantages": advantages, "loss": loss.detach(), "gradient": grad, "statistics": stats.moments}
+
+
+def compare_jagged(context: Context):
+    """The packed results, bit for bit, and on a GPU without a synchronisation."""
+    tensors = [x.flatten() for x in inputs(context.device)]
+    offsets = torch.tensor([0, 5, 5, 20, 36], device=context.device)
+    expected = arranged_step(tensors, lambda x: x, cu_seqlens=offsets)
+    watched = context.device.type == "cuda"
+    if watched:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = arranged_step(tensors, lambda x: torch.nested.nested_tensor_from_jagged(x, offsets))
+    finally:
+        if watched:
+            torch.cuda.set_sync_debug_mode("default")
+    assert got["advantages"].is_nested and got["advantages"].offsets() is offsets
+    got["advantages"] = got["advantages"].values()
+    for name, tensor in expected.items():
+        cases.assert_same_bits(got[name], tensor, name)
+
+
+@check(TORCH_FEATURES, "jagged", "nested tensors of layout torch.jagged, against the same tokens packed")
+def _(context: Context):
+    yield "a critic step", partial(compare_jagged, context)
+
+
 def replay_graph(shape, tensor_numbers: bool, context: Context):
     context.needs_cuda()
     context.needs_real_device()
