@@ -176,6 +176,17 @@ def test_raw_operators(device):
     assert_jagged_like(advantages, nested[0], ops.gae.tensor(returns, values, gamma, lam, cu_seqlens=offsets)[0])
 
 
+def test_a_strided_gradient_of_jagged_losses_is_refused():
+    nested = jagged(torch.ones(BOUNDS[-1]), OFFSETS)
+    _, _, residuals = ops.value_loss(nested, nested, nested, reduction="none")
+    with pytest.raises(
+        ValueError, match=r"value_loss_backward: grad_loss: expected a jagged tensor or a number, got a strided tensor of shape \[24\]"
+    ):
+        ops.value_loss_backward(
+            torch.ones(BOUNDS[-1]), nested, nested, nested, None, None, residuals, clip=True, reduction="none", time_dim=-1
+        )
+
+
 OFFSETS = offsets_on("cpu")
 X = torch.ones(BOUNDS[-1])
 J = jagged(X, OFFSETS)

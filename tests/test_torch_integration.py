@@ -359,7 +359,11 @@ def test_func_vmap_of_every_kind(device):
         cases.assert_close(torch.func.vmap(function)(batch), torch.stack([function(x) for x in batch]), 1e-6)
     merged = torch.func.vmap(statistics)(ensemble[0])
     assert isinstance(merged, fused_critic.ValueLossStats)
-    cases.assert_same_bits(merged.moments, torch.stack([statistics(v).moments for v in ensemble[0]]))
+    members = [statistics(v) for v in ensemble[0]]
+    cases.assert_same_bits(merged.moments, torch.stack([x.moments for x in members]))
+    for name in ("explained_variance", "clip_fraction", "value_min"):
+        cases.assert_same_bits(getattr(merged, name), torch.stack([getattr(x, name) for x in members]), name)
+    cases.assert_same_bits((merged + merged).value_mean, torch.stack([(x + x).value_mean for x in members]))
     for function in (loss, torch.func.grad(loss)):
         expected = torch.stack([torch.stack([function(v) for v in row]) for row in ensemble])
         cases.assert_same_bits(torch.func.vmap(torch.func.vmap(function))(ensemble), expected)

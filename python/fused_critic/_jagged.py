@@ -20,7 +20,7 @@ class Operator(NamedTuple):
 
     per_token: tuple[str, ...]  # the first of them that is there is the reference
     per_token_results: Callable[[dict], tuple[bool, ...]]  # by the arguments of a call, by name
-    either: tuple[str, ...] = ()  # per token, or one number for all of them
+    either: tuple[str, ...] = ()  # per token, or a strided number: one for all (0-d) or one per sequence ([B])
 
 
 _FLAGS = ("mask", "terminated", "truncated", "next_values")
@@ -84,6 +84,12 @@ def _rule(operator: Operator):
         tensors = {name: call[name] for name in operator.per_token if call.get(name) is not None}
         tensors |= {name: call[name] for name in operator.either if isinstance(call.get(name), Tensor) and call[name].is_nested}
         offsets, packed = unwrap(op, tensors)
+        for name in operator.either:
+            x = call.get(name)
+            if isinstance(x, Tensor) and not x.is_nested and x.shape not in ((), (offsets.shape[0] - 1,)):
+                raise ValueError(
+                    f"fused_critic.{op}: {name}: expected a jagged tensor or a number, got a strided tensor of shape {list(x.shape)}"
+                )
         results = func(**{**call, **dict(zip(tensors, packed)), "cu_seqlens": offsets})
         if isinstance(results, Tensor):
             return cls(results, offsets)

@@ -27,7 +27,8 @@ class ValueLossStats:
     (``value_min`` and ``value_max`` too).
 
     ``a + b`` merges two micro-batches and :meth:`all_reduce` merges ranks as if their tokens had been one call's. It is a pytree: it
-    passes through ``torch.compile`` and ``torch.func`` transforms.
+    passes through ``torch.compile`` and ``torch.func`` transforms. What ``torch.func.vmap`` returns has one row of moments, and one element
+    in each property, for every member of the batch.
     """
 
     moments: Tensor
@@ -35,50 +36,50 @@ class ValueLossStats:
     @property
     def num_tokens(self) -> Tensor:
         """Number of tokens with a non-zero weight."""
-        return self.moments[_TOKENS]
+        return self.moments[..., _TOKENS]
 
     @property
     def weight(self) -> Tensor:
         """Sum of the weights: the number of valid tokens unless the mask is floating."""
-        return self.moments[_WEIGHT]
+        return self.moments[..., _WEIGHT]
 
     @property
     def num_sequences(self) -> Tensor:
         """Sequences (rows, columns, segments) with at least one valid token."""
-        return self.moments[_SEQUENCES]
+        return self.moments[..., _SEQUENCES]
 
     @property
     def loss_sum(self) -> Tensor:
         """Sum of the weighted per-token losses, before any reduction's division or factor."""
-        return self.moments[_LOSS]
+        return self.moments[..., _LOSS]
 
     @property
     def loss_mean(self) -> Tensor:
         """``loss_sum / weight``: the mean loss of a token, whatever the reduction."""
-        return _ratio(self.moments[_LOSS], self.moments[_WEIGHT])
+        return _ratio(self.moments[..., _LOSS], self.moments[..., _WEIGHT])
 
     @property
     def clip_fraction(self) -> Tensor:
         """Share of tokens at which the clipped value's criterion is strictly greater: those without gradient, but with ``clip_only``
         (verl's ``vf_clipfrac``)."""
-        return _ratio(self.moments[_CLIPPED], self.moments[_WEIGHT])
+        return _ratio(self.moments[..., _CLIPPED], self.moments[..., _WEIGHT])
 
     @property
     def outside_fraction(self) -> Tensor:
         """Share of tokens whose value left the clip range (slime's and TorchRL's clip fraction)."""
-        return _ratio(self.moments[_OUTSIDE], self.moments[_WEIGHT])
+        return _ratio(self.moments[..., _OUTSIDE], self.moments[..., _WEIGHT])
 
     @property
     def value_mean(self) -> Tensor:
-        return _ratio(self.moments[_VALUE], self.moments[_WEIGHT])
+        return _ratio(self.moments[..., _VALUE], self.moments[..., _WEIGHT])
 
     @property
     def value_min(self) -> Tensor:
-        return torch.where(self.moments[_TOKENS] > 0, self.moments[_MIN], 0.0)
+        return torch.where(self.moments[..., _TOKENS] > 0, self.moments[..., _MIN], 0.0)
 
     @property
     def value_max(self) -> Tensor:
-        return torch.where(self.moments[_TOKENS] > 0, self.moments[_MAX], 0.0)
+        return torch.where(self.moments[..., _TOKENS] > 0, self.moments[..., _MAX], 0.0)
 
     @property
     def value_var(self) -> Tensor:
@@ -87,7 +88,7 @@ class ValueLossStats:
 
     @property
     def return_mean(self) -> Tensor:
-        return _ratio(self.moments[_RETURN], self.moments[_WEIGHT])
+        return _ratio(self.moments[..., _RETURN], self.moments[..., _WEIGHT])
 
     @property
     def return_var(self) -> Tensor:
@@ -97,7 +98,7 @@ class ValueLossStats:
     @property
     def error_mean(self) -> Tensor:
         """Mean of ``returns - values``."""
-        return _ratio(self.moments[_ERROR], self.moments[_WEIGHT])
+        return _ratio(self.moments[..., _ERROR], self.moments[..., _WEIGHT])
 
     @property
     def error_var(self) -> Tensor:
@@ -111,9 +112,9 @@ class ValueLossStats:
         return torch.where(variance > 0, 1 - _ratio(self._variance(_ERROR), variance), 0.0)
 
     def _variance(self, first: int) -> Tensor:
-        weight = self.moments[_WEIGHT]
-        mean = _ratio(self.moments[first], weight)
-        return (_ratio(self.moments[first + 1], weight) - mean * mean).clamp(min=0)
+        weight = self.moments[..., _WEIGHT]
+        mean = _ratio(self.moments[..., first], weight)
+        return (_ratio(self.moments[..., first + 1], weight) - mean * mean).clamp(min=0)
 
     def __add__(self, other: ValueLossStats) -> ValueLossStats:
         if not isinstance(other, ValueLossStats):
@@ -134,18 +135,18 @@ class ValueLossStats:
         import torch.distributed as dist
 
         world = dist.get_world_size(group)
-        gathered = self.moments.new_empty(world * NUM_MOMENTS)
-        dist.all_gather_into_tensor(gathered, self.moments.contiguous(), group=group)
-        return ValueLossStats(_merge(gathered.view(world, NUM_MOMENTS)))
+        gathered = self.moments.new_empty(world * self.moments.numel())
+        dist.all_gather_into_tensor(gathered, self.moments.flatten(), group=group)
+        return ValueLossStats(_merge(gathered.view(world, *self.moments.shape)))
 
     def to_dict(self) -> dict[str, float]:
-        """All statistics as Python floats, with a single synchronisation."""
+        """All statistics of a single call or merge as Python floats, with a single synchronisation."""
         cpu = ValueLossStats(self.moments.detach().cpu())
         return {name: float(getattr(cpu, name)) for name in _PROPERTIES}
 
 
 def _merge(rows: Tensor) -> Tensor:
-    return torch.cat([rows[:, :_MIN].sum(0), rows[:, _MIN : _MIN + 1].amin(0), rows[:, _MAX:].amax(0)])
+    return torch.cat([rows[..., :_MIN].sum(0), rows[..., _MIN : _MIN + 1].amin(0), rows[..., _MAX:].amax(0)], dim=-1)
 
 
 _PROPERTIES = [name for name, member in vars(ValueLossStats).items() if isinstance(member, property)]
