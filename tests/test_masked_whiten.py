@@ -5,8 +5,11 @@ import math
 import fused_critic
 import pytest
 import torch
+from fused_critic import reference
 from fused_critic.check import cases
-from fused_critic.check.gae import WHITEN_OPTIONS, compare_whiten, compare_whiten_far_from_zero, compare_whiten_few
+from fused_critic.check.gae import WHITEN_OPTIONS, compare_whiten, compare_whiten_far_from_zero, compare_whiten_few, whiten_tolerance
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("options", WHITEN_OPTIONS, ids=str)
@@ -40,6 +43,46 @@ def test_differentiable(device):
     x = torch.randn(12, dtype=torch.float64, device=device, requires_grad=True)
     mask = (torch.arange(12) % 3 > 0).to(device)
     assert torch.autograd.gradcheck(lambda x: fused_critic.masked_whiten(x, mask), x)
+
+
+@given(
+    shape=st.lists(st.integers(0, 40), min_size=0, max_size=3).map(tuple),
+    mean=st.sampled_from([0.0, 1e4, -300.0]),
+    dtype=st.sampled_from(cases.DTYPES),
+    mask_dtype=st.sampled_from(cases.MASKS),
+    how=st.sampled_from(cases.STRIDES),
+    options=st.sampled_from(WHITEN_OPTIONS),
+    seed=st.integers(0, 999),
+)
+def test_any_input(shape, mean, dtype, mask_dtype, how, options, seed):
+    """Any shape, stride, dtype and mask, with NaN under the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype not in (torch.float32, torch.float64):
+        mean = 0.0  # far from zero half precision leaves nothing of a standard deviation of 1
+    x = (mean + torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    mask = cases.mask(shape, mask_dtype, generator)
+    expected = reference.masked_whiten(x, mask, **options)
+    if mask is not None:
+        x = x.masked_fill(mask == 0, math.nan)
+    if x.dim() > 0:
+        x = cases.restride(x, how)
+    got = fused_critic.masked_whiten(x, mask, **options)
+    assert got.dtype == dtype
+    cases.assert_close(got, expected, cases.stored(whiten_tolerance(dtype), dtype))
+    assert mask is None or not got[mask == 0].any()
+
+
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool])
+def test_rows_do_not_depend_on_the_threads(threads, mask_dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 2000, generator=generator)
+    mask = cases.mask(x.shape, mask_dtype, generator)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(fused_critic.masked_whiten(x, mask))
+    for other in results[1:]:
+        cases.assert_same_bits(other, results[0])
 
 
 def test_bad_input():
