@@ -1,7 +1,7 @@
 """docs/semantics.md, the trainers: the call that the page documents gives the numbers of that trainer's own formula.
 
-The formulas are written here as plain torch in float64, each from the source that its section of the page names; the calls are run from the page
-itself. Compared are advantages and returns at valid positions, the loss, and its gradient. The data are random, with gaps in the masks, a
+The formulas are written here as plain torch in float64, each from the source that its section of the page names; the calls are run from the
+page itself. Compared are advantages and returns at valid positions, the loss, and its gradient. The data are random, with gaps in the masks, a
 row without a valid token, and ends of episodes.
 """
 
@@ -223,8 +223,22 @@ def test_trl(device):
     agree(got, whiten(advantages, mask), returns, loss, d.values, mask)
 
 
+def turn_gae(rewards, values, mask, turn_ids, last):
+    """Of [B, T], with turns as time steps: summed rewards, the value at a turn's first token."""
+    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
+    for b in range(len(values)):
+        advantage, following = 0.0, last[b]
+        for turn in turn_ids[b][mask[b]].unique().flip(0):
+            (tokens,) = torch.where(mask[b] & (turn_ids[b] == turn))
+            value = values[b, tokens[0]]
+            advantage = rewards[b, tokens].sum() + GAMMA * following - value + GAMMA * LAM * advantage
+            advantages[b, tokens], returns[b, tokens], following = advantage, advantage + value, value
+    return advantages, returns
+
+
 @pytest.mark.parametrize("criterion", ["mse", "huber"])
-def test_areal(device, criterion):
+@pytest.mark.parametrize("unit", ["token", "turn"])
+def test_areal(device, unit, criterion):
     d = language_data(empty_row=False)
     scale = 20.0  # errors on both sides of huber's delta
     old_values, values, rewards = scale * d.old_values, scale * d.values, scale * d.rewards
@@ -233,9 +247,15 @@ def test_areal(device, criterion):
     loss_mask = (d.mask & attention).double()
     loss_mask[:, 0] = 0  # the prompt
     mask = loss_mask.roll(-1, -1)
-    advantages = carry_gae(rewards[:, :-1], old_values[:, :-1], mask[:, :-1], old_values[:, -1] * (lengths == T))
-    advantages = F.pad(advantages, (0, 1))
-    returns = advantages + old_values
+    bootstrap = old_values[:, -1] * (lengths == T)
+    turn_ids = None
+    if unit == "token":
+        advantages = carry_gae(rewards[:, :-1], old_values[:, :-1], mask[:, :-1], bootstrap)
+        returns = advantages + old_values[:, :-1]
+    else:
+        turn_ids = torch.arange(T - 1).expand(B, -1) // 3
+        advantages, returns = turn_gae(rewards[:, :-1], old_values[:, :-1], mask[:, :-1].bool(), turn_ids, bootstrap)
+    target = F.pad(returns, (0, 1))
 
     def shape(error):
         if criterion == "mse":
@@ -244,13 +264,13 @@ def test_areal(device, criterion):
 
     def loss(new):
         clipped = old_values + (new - old_values).clamp(-CLIP, CLIP)
-        return torch.where(mask.bool(), torch.maximum(shape(new - returns), shape(clipped - returns)), 0).sum() / mask.count_nonzero()
+        return torch.where(mask.bool(), torch.maximum(shape(new - target), shape(clipped - target)), 0).sum() / mask.count_nonzero()
 
     got = call(
         "AReaL", device, rewards=rewards, values=values, old_values=old_values, loss_mask=loss_mask, attention_mask=attention, gamma=GAMMA,
-        lam=LAM, clip=CLIP, criterion=criterion,
+        lam=LAM, clip=CLIP, criterion=criterion, turn_ids=turn_ids,
     )  # fmt: skip
-    agree(got, advantages[:, :-1], returns[:, :-1], loss, values, mask[:, :-1].bool())
+    agree(got, advantages, returns, loss, values, mask[:, :-1].bool())
 
 
 def test_nemo_rl(device):
@@ -315,8 +335,8 @@ def test_slime(device):
         return sum_of_sample_means(squares(values, d.old_values, returns, CLIP), d.mask, d.bounds) / 16
 
     got = call(
-        "slime", device, rewards=d.rewards, values=d.values, old_values=d.old_values, mask=d.mask, cu_seqlens=d.bounds, gamma=GAMMA, lam=LAM,
-        clip=CLIP, dp_group=None, global_batch_size=16,
+        "slime", device, rewards=d.rewards, values=d.values, old_values=d.old_values, mask=d.mask, cu_seqlens=d.bounds, gamma=GAMMA,
+        lam=LAM, clip=CLIP, dp_group=None, global_batch_size=16,
     )  # fmt: skip
     agree(got, whiten(advantages, d.mask), returns, loss, d.values, d.mask)
 
@@ -515,8 +535,8 @@ def test_sample_factory(device):
 
     rho_hat, c_hat = 1.1, 0.9
     got = call(
-        "sample-factory", device, rewards=rewards, values=values, old_values=old_values, valids=valids, dones=dones, ratios=ratios, gamma=GAMMA,
-        lam=LAM, clip=CLIP, value_loss_coeff=0.5, vtrace_rho=rho_hat, vtrace_c=c_hat,
+        "sample-factory", device, rewards=rewards, values=values, old_values=old_values, valids=valids, dones=dones, ratios=ratios,
+        gamma=GAMMA, lam=LAM, clip=CLIP, value_loss_coeff=0.5, vtrace_rho=rho_hat, vtrace_c=c_hat,
     )  # fmt: skip
     agree(got, advantages, returns, loss, values)
 
@@ -551,8 +571,8 @@ def test_rllib(device):
         return 0.9 * ((new - returns) ** 2).clamp(0, bound)[loss_mask].mean()
 
     got = call(
-        "RLlib", device, rewards=rewards, values=values, old_values=old_values, terminated=terminated, truncated=truncated, loss_mask=loss_mask,
-        gamma=GAMMA, lam=LAM, vf_clip_param=bound, vf_loss_coeff=0.9,
+        "RLlib", device, rewards=rewards, values=values, old_values=old_values, terminated=terminated, truncated=truncated,
+        loss_mask=loss_mask, gamma=GAMMA, lam=LAM, vf_clip_param=bound, vf_loss_coeff=0.9,
     )  # fmt: skip
     agree(got, (advantages - advantages.mean()) / advantages.std(correction=0).clamp(min=1e-4), returns, loss, values)
 
@@ -569,8 +589,8 @@ def test_pufferlib(device):
         advantages[:, t] = last
     returns = advantages + old_values
     got = call(
-        "PufferLib", device, rewards=rewards, values=values, old_values=old_values, dones=dones, importance=importance, gamma=GAMMA, lam=LAM,
-        clip=CLIP, rho_clip=rho_clip, c_clip=c_clip, vf_coef=2.0,
+        "PufferLib", device, rewards=rewards, values=values, old_values=old_values, dones=dones, importance=importance, gamma=GAMMA,
+        lam=LAM, clip=CLIP, rho_clip=rho_clip, c_clip=c_clip, vf_coef=2.0,
     )  # fmt: skip
     agree(got, advantages, returns, lambda new: 2.0 * 0.5 * squares(new, old_values, returns, CLIP).mean(), values)
 
