@@ -1,8 +1,8 @@
 """docs/semantics.md, the trainers: the call that the page documents gives the numbers of that trainer's own formula.
 
-The formulas are written here as plain torch in float64, each from the source that its section of the page names; the calls are run from the
-page itself. Compared are advantages and returns at valid positions, the loss, and its gradient. The data are random, with gaps in the masks, a
-row without a valid token, and ends of episodes.
+The formulas are written here as plain torch in float64, each from the source that its section of the page names; the calls are run from
+the page itself. Compared are advantages and returns at valid positions, the loss, and its gradient. The data are random, with gaps in the
+masks, a row without a valid token, and ends of episodes.
 """
 
 from types import SimpleNamespace
