@@ -31,7 +31,7 @@ def normalised(printed: str) -> list[str]:
     def rounded(match):
         return f"{round(float(match.group()), DECIMALS) + 0.0:.{DECIMALS}f}"  # + 0.0: never -0.0000
 
-    lines = re.sub(r", device='cuda:\d+'", "", NUMBER.sub(rounded, printed)).strip().splitlines()
+    lines = re.sub(r",\s+device='cuda:\d+'", "", NUMBER.sub(rounded, printed)).strip().splitlines()
     return [re.sub(r"\s+", " ", line).replace("[ ", "[").strip() for line in lines]
 
 
