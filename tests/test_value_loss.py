@@ -82,8 +82,8 @@ def test_options_in_every_kernel(device, clip_range, kind, reduction, shape, tim
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("time_dim", [-1, 0])
-@pytest.mark.parametrize("clip_range", [0.2, (-0.1, 0.3), None])
-@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.float32])
+@pytest.mark.parametrize("clip_range", [(-0.1, 0.3), None])
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32])
 def test_options_without_effect_leave_the_bits(device, dtype, time_dim, clip_range, mask_dtype):
     """Every token's loss and gradient: mse with options is the same arithmetic in another kernel."""
     generator = torch.Generator().manual_seed(19)
@@ -93,9 +93,8 @@ def test_options_without_effect_leave_the_bits(device, dtype, time_dim, clip_ran
     expected = run(*tensors, mask, clip_range=clip_range, reduction="none", time_dim=time_dim)
     ranges = [clip_range]
     if clip_range is not None:
-        pair = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        ranges.append(tuple(torch.full_like(tensors[0], x, dtype=wide) for x in pair))
+        ranges.append(tuple(torch.full_like(tensors[0], x, dtype=wide) for x in clip_range))
     for bounds in ranges:
         got = run(*tensors, mask, clip_range=bounds, loss_clamp=math.inf, reduction="none", time_dim=time_dim)
         cases.assert_same_bits(got[0], expected[0], "loss")
@@ -156,18 +155,16 @@ def test_nan_with_options(device, name, position, time_dim):
     mask = cases.mask(shape, torch.bool, generator)
     mask[1, 3], mask[1, 40], mask[2, 0] = True, True, False
     tensors += [torch.full(shape, -0.2), torch.full(shape, 0.2)]
+    expected = torch.zeros(shape, dtype=torch.bool)
     for row, column in ((1, 3), (1, 40), (2, 0)):
-        poisoned = [x.clone() for x in tensors]
-        poisoned[position][row, column] = math.nan
-        arranged = [(x if time_dim == -1 else x.t().contiguous()).to(device) for x in (*poisoned, mask)]
-        *inputs, low, high, valid = arranged
-        loss, grad, _ = run(*inputs, valid, clip_range=(low, high), reduction="none", time_dim=time_dim, **OPTIONS[name])
-        total, _, _ = run(*inputs, valid, clip_range=(low, high), time_dim=time_dim, **OPTIONS[name])
-        expected = torch.zeros(shape, dtype=torch.bool)
-        expected[row, column] = bool(mask[row, column])
-        expected = (expected if time_dim == -1 else expected.t()).to(device)
-        assert torch.equal(loss.isnan(), expected) and torch.equal(grad.isnan(), expected)
-        assert math.isnan(total.item()) == bool(expected.any())
+        tensors[position][row, column] = math.nan
+        expected[row, column] = mask[row, column]
+    arranged = [(x if time_dim == -1 else x.t().contiguous()).to(device) for x in (*tensors, mask, expected)]
+    *inputs, low, high, valid, expected = arranged
+    loss, grad, _ = run(*inputs, valid, clip_range=(low, high), reduction="none", time_dim=time_dim, **OPTIONS[name])
+    assert torch.equal(loss.isnan(), expected) and torch.equal(grad.isnan(), expected)
+    options = {"time_dim": time_dim, "reduction": "seq-mean-token-mean", **OPTIONS[name]}
+    assert fused_critic.value_loss(*inputs, valid, clip_range=(low, high), **options).loss.isnan().item()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -188,7 +185,7 @@ def test_infinite_differences(device, sign):
 def test_ranges_per_token_in_any_memory(device, kind):
     """Strides, alignment and dtypes of their own, stride 0 among them."""
     generator = torch.Generator().manual_seed(21)
-    for shape, stride, dtype in itertools.product([(6, 41), (9, 64)], cases.STRIDES, FLOATING):
+    for (shape, stride), dtype in zip(itertools.product([(6, 41), (9, 64)], cases.STRIDES), itertools.cycle(FLOATING)):
         tensors = draw_inputs(shape, generator, device, [torch.float32] * 3, ["contiguous"] * 3)
         mask = cases.mask(shape, torch.bool, generator)
         compare(
