@@ -84,7 +84,7 @@ FAULTS = (
     Fault(
         "reading a masked value: GAE",
         "cuda/gae.cu",
-        "a = t.valid ? advantage : a;",
+        "a = step ? advantage : a;",
         "a = advantage;",
         GAE,
     ),
