@@ -59,6 +59,15 @@ inline Ends ends_of(bool terminated, bool others, bool modes) {
   return others ? Ends::kAll : (terminated ? Ends::kTerminated : Ends::kNone);
 }
 
+// Kernels for regular access have no code for kModes, with which they would spill registers on some architectures; such calls go the general way.
+template <typename At>
+constexpr bool kHasModes = At::kTokenAccess != Access::kRegular;
+
+inline ScanPlan plan_of(const ScanTensors& tensors, Ends ends, bool pair) {
+  const ScanPlan plan = tensors.plan(pair);
+  return ends == Ends::kModes && plan.access == Access::kRegular ? tensors.plan(true) : plan;
+}
+
 // A mask whose tokens are not simply skipped.
 template <typename Params>
 bool has_mode(const Params& p) {
@@ -126,8 +135,8 @@ class GaeScan {
     } else {
       if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
       if (p_.ends == Ends::kTerminated) return compose_with<Ends::kTerminated>(at, raw, tokens);
-      if (p_.ends == Ends::kAll) return compose_with<Ends::kAll>(at, raw, tokens);
-      return compose_with<Ends::kModes>(at, raw, tokens);
+      if (!kHasModes<At> || p_.ends == Ends::kAll) return compose_with<Ends::kAll>(at, raw, tokens);
+      if constexpr (kHasModes<At>) return compose_with<Ends::kModes>(at, raw, tokens);
     }
   }
 
@@ -302,8 +311,8 @@ class GaeAdjointScan {
       return compose_with<Ends::kModes>(at, raw, tokens);
     } else {
       if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
-      if (p_.ends != Ends::kModes) return compose_with<Ends::kAll>(at, raw, tokens);
-      return compose_with<Ends::kModes>(at, raw, tokens);
+      if (!kHasModes<At> || p_.ends != Ends::kModes) return compose_with<Ends::kAll>(at, raw, tokens);
+      if constexpr (kHasModes<At>) return compose_with<Ends::kModes>(at, raw, tokens);
     }
   }
 
@@ -403,7 +412,7 @@ GaeCall<T> prepare(const GaeParams& p) {
                  ends_of(p.terminated.data != nullptr, has_next_values || p.truncated.data != nullptr, has_mode(p) || p.has_returns_lam),
                  p.mask_mode};
   call.pair = p.has_returns_lam;
-  call.plan = add.plan(call.pair);
+  call.plan = plan_of(add, call.params.ends, call.pair);
   call.constant = p.mask.data == nullptr && call.params.ends == Ends::kNone;
   return call;
 }
@@ -429,7 +438,7 @@ GaeAdjointCall<T> prepare(const GaeBackwardParams& p) {
                  Discount<T>(p, p.has_next_values),
                  ends_of(p.terminated.data != nullptr, p.truncated.data != nullptr, has_mode(p) || p.has_returns_lam), p.mask_mode};
   call.pair = p.has_returns_lam;
-  call.plan = add.plan(call.pair);
+  call.plan = plan_of(add, call.params.ends, call.pair);
   call.constant = p.mask.data == nullptr && call.params.ends == Ends::kNone;
   return call;
 }

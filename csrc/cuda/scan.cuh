@@ -212,6 +212,7 @@ template <typename T, Access kAccess, bool kFull>
 struct RowTokens {
   static constexpr bool kPlain = kAccess == Access::kPlain, kRegular = kAccess != Access::kGeneral;
   static_assert(!kPlain || sizeof(T) == sizeof(float), "plain rows hold floats");
+  static constexpr Access kTokenAccess = kAccess;
   static constexpr int kTokens = kVec;
   using Numbers = RawPack<T>;
   using Flags = uint32_t;  // flag_bytes
@@ -307,6 +308,7 @@ struct RowTokens {
 template <typename T, Access kAccess, int N>
 struct ColumnTokens {
   static constexpr bool kPlain = kAccess == Access::kPlain;
+  static constexpr Access kTokenAccess = kAccess;
   static constexpr int kTokens = N;
   struct Numbers {
     T v[N];
