@@ -224,6 +224,7 @@ struct ReverseScanNode : torch::autograd::Node {
 // `call` runs the operator below autograd.
 template <typename Call>
 at::Tensor with_autograd(const at::Tensor& x, const at::Tensor& decay, const OptionalTensor& init, const OptionalTensor& cu_seqlens, int64_t time_dim, const Call& call) {
+  forbid_forward_mode(kOp, x, decay, init);
   at::Tensor y;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -259,6 +260,7 @@ at::Tensor reverse_scan_tensor_autograd(const at::Tensor& x, const at::Tensor& d
 
 Gradients reverse_scan_backward_autograd(const at::Tensor& grad, const OptionalTensor& x, const at::Tensor& decay, const OptionalTensor& init,
                                          const OptionalTensor& cu_seqlens, std::array<bool, 3> wanted, int64_t time_dim) {
+  forbid_forward_mode(kOp, grad, x, decay, init);
   Gradients out;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -187,6 +187,12 @@ def test_double_backward_raises(device):
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused(device):
+    x = torch.randn(2, 5, device=device)
+    with pytest.raises(NotImplementedError, match="fused_critic.reverse_scan: forward-mode differentiation .* is not supported"):
+        torch.func.jvp(lambda x: fused_critic.reverse_scan(x, 0.5), (x,), (x,))
+
+
 def test_compiled_without_recompilation(device):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
