@@ -78,6 +78,7 @@ struct Decay {
   Operand steps;
   Number factor;
 
+  explicit Decay(double decay) : factor(number(decay)) {}
   Decay(const Arguments& args, const char* op, const at::Tensor& x, const at::Tensor& decay, const OptionalTensor& cu_seqlens) {
     const bool packed = cu_seqlens.has_value() && cu_seqlens->defined();
     const int64_t num_seqs = args.layout().num_seqs;
@@ -117,8 +118,7 @@ at::Tensor forward(const Arguments& args, const at::Tensor& x, const Decay& deca
 
 at::Tensor reverse_scan(const at::Tensor& x, const OptionalTensor& init, const OptionalTensor& cu_seqlens, double decay, int64_t time_dim) {
   const Arguments args(kOp, "x", x, cu_seqlens, time_dim);
-  const Decay factor(args, kOp, x, at::full({}, decay, at::TensorOptions().dtype(at::kDouble)), cu_seqlens);
-  return forward(args, x, factor, false, init);
+  return forward(args, x, Decay(decay), false, init);
 }
 
 at::Tensor reverse_scan_tensor(const at::Tensor& x, const at::Tensor& decay, const OptionalTensor& init, const OptionalTensor& cu_seqlens, int64_t time_dim) {
@@ -221,9 +221,9 @@ struct ReverseScanNode : torch::autograd::Node {
   }
 };
 
-// `call` runs the operator below autograd.
+// `call` runs the operator below autograd; `known` is the decay where `decay` is no tensor.
 template <typename Call>
-at::Tensor with_autograd(const at::Tensor& x, const at::Tensor& decay, const OptionalTensor& init, const OptionalTensor& cu_seqlens, int64_t time_dim, const Call& call) {
+at::Tensor with_autograd(const at::Tensor& x, const at::Tensor& decay, double known, const OptionalTensor& init, const OptionalTensor& cu_seqlens, int64_t time_dim, const Call& call) {
   forbid_forward_mode(kOp, x, decay, init);
   at::Tensor y;
   {
@@ -238,9 +238,9 @@ at::Tensor with_autograd(const at::Tensor& x, const at::Tensor& decay, const Opt
     node->x = torch::autograd::SavedVariable(x, false);
     node->init = torch::autograd::SavedVariable(init, false);
   }
-  node->decay = torch::autograd::SavedVariable(decay, false);
+  node->decay = torch::autograd::SavedVariable(decay.defined() ? decay : at::full({}, known, at::TensorOptions().dtype(at::kDouble)), false);
   node->cu_seqlens = torch::autograd::SavedVariable(cu_seqlens, false);
-  node->dtypes = {x.scalar_type(), decay.scalar_type(), init.has_value() ? init->scalar_type() : at::kFloat};
+  node->dtypes = {x.scalar_type(), decay.defined() ? decay.scalar_type() : at::kDouble, init.has_value() ? init->scalar_type() : at::kFloat};
   node->init_is_0d = init.has_value() && init->dim() == 0;
   node->time_dim = time_dim;
   torch::autograd::set_history(y, node);
@@ -249,13 +249,12 @@ at::Tensor with_autograd(const at::Tensor& x, const at::Tensor& decay, const Opt
 
 at::Tensor reverse_scan_autograd(const at::Tensor& x, const OptionalTensor& init, const OptionalTensor& cu_seqlens, double decay, int64_t time_dim) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_critic::reverse_scan", "").typed<decltype(reverse_scan)>();
-  return with_autograd(x, at::full({}, decay, at::TensorOptions().dtype(at::kDouble)), init, cu_seqlens, time_dim,
-                       [&] { return op.call(x, init, cu_seqlens, decay, time_dim); });
+  return with_autograd(x, at::Tensor(), decay, init, cu_seqlens, time_dim, [&] { return op.call(x, init, cu_seqlens, decay, time_dim); });
 }
 
 at::Tensor reverse_scan_tensor_autograd(const at::Tensor& x, const at::Tensor& decay, const OptionalTensor& init, const OptionalTensor& cu_seqlens, int64_t time_dim) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_critic::reverse_scan", "tensor").typed<decltype(reverse_scan_tensor)>();
-  return with_autograd(x, decay, init, cu_seqlens, time_dim, [&] { return op.call(x, decay, init, cu_seqlens, time_dim); });
+  return with_autograd(x, decay, 0, init, cu_seqlens, time_dim, [&] { return op.call(x, decay, init, cu_seqlens, time_dim); });
 }
 
 Gradients reverse_scan_backward_autograd(const at::Tensor& grad, const OptionalTensor& x, const at::Tensor& decay, const OptionalTensor& init,

@@ -12,6 +12,7 @@ from fused_critic.check.recurrence import (
     SHAPES,
     build_scan,
     compare_scan,
+    compare_scan_far,
     compare_scan_gradients,
     compare_scan_problem,
     compare_scan_shape,
@@ -123,6 +124,10 @@ def test_recipes(device):
         traces.append(trace)
     cases.assert_close(fused_critic.reverse_scan(r.flip(-1), gamma * lam).flip(-1), torch.stack(traces, 1), 1e-12, "traces")
     cases.assert_close(fused_critic.reverse_scan(r, 1), r.flip(1).cumsum(1).flip(1), 1e-12, "sums")
+
+
+def test_offsets_beyond_31_bits(device):
+    compare_scan_far(device)
 
 
 def test_same_bits_on_every_run(device):

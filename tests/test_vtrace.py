@@ -13,6 +13,7 @@ from fused_critic.check.recurrence import (
     VTRACE_FACTORS,
     build_vtrace,
     compare_vtrace,
+    compare_vtrace_far,
     compare_vtrace_problem,
     compare_vtrace_shape,
 )
@@ -136,6 +137,10 @@ def test_inputs_are_constants(device):
 def test_empty(device, shape):
     x = torch.empty(shape, device=device)
     assert all(y.shape == shape for y in fused_critic.vtrace(x, x, x, gamma=0.9))
+
+
+def test_offsets_beyond_31_bits(device):
+    compare_vtrace_far(device)
 
 
 def test_same_bits_on_every_run(device):

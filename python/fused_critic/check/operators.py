@@ -182,6 +182,8 @@ def _(context: Context):
 
     yield "value loss", partial(if_there_is_memory, value_loss.compare_far)
     yield "GAE", partial(if_there_is_memory, gae.compare_far)
+    yield "reverse scan", partial(if_there_is_memory, recurrence.compare_scan_far)
+    yield "V-trace", partial(if_there_is_memory, recurrence.compare_vtrace_far)
 
 
 @check(CORRECTNESS, "whiten", "masked_whiten with its gradient, and gae(whiten=True)", sampled=True)

@@ -199,3 +199,15 @@ def compare_vtrace_shape(shape, dtype, masked, time_dim, device):
     rewards, values, logs = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     mask = cases.mask(shape, torch.bool, generator).to(device) if masked else None
     return compare_vtrace(rewards, values, log_rhos=logs, mask=mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+
+
+def compare_scan_far(device):
+    """Offsets beyond 2^31 elements."""
+    return cases.compare_far(lambda x: max(compare_scan(x, 0.9), compare_scan(torch.ones(x.shape, device=device), x)), device)
+
+
+def compare_vtrace_far(device):
+    def compare(x):
+        return compare_vtrace(torch.ones(x.shape, device=device), x, log_rhos=x, gamma=0.9)
+
+    return cases.compare_far(compare, device)
