@@ -64,9 +64,21 @@ def unwrap(op: str, tensors: dict[str, Tensor | None]) -> tuple[Tensor, list[Ten
     return reference.offsets(), [None if x is None else x.values() for x in tensors.values()]
 
 
-def wrap(packed: Tensor, offsets: Tensor) -> Tensor:
-    """Packed tokens as a jagged tensor with the ragged size of these offsets."""
-    return torch.nested.nested_tensor_from_jagged(packed, offsets)
+def packed(op: str, tensors: dict[str, Tensor | None], call: Callable[[Tensor, dict[str, Tensor | None]], Tensor | tuple]):
+    """For what is composed of several operators: ``call(offsets, packed tensors)``, its per-token results jagged again."""
+    offsets, tokens = unwrap(op, tensors)
+    results = call(offsets, dict(zip(tensors, tokens)))
+    if isinstance(results, Tensor):
+        return torch.nested.nested_tensor_from_jagged(results, offsets)
+    return type(results)(*(torch.nested.nested_tensor_from_jagged(x, offsets) for x in results))
+
+
+def check_no_other_layout(op: str, cu_seqlens: Tensor | None, time_dim: int) -> None:
+    instead = "beside jagged tensors, which have offsets instead"
+    if cu_seqlens is not None:
+        raise ValueError(f"fused_critic.{op}: cu_seqlens: expected None {instead}, got a tensor")
+    if time_dim != -1:
+        raise ValueError(f"fused_critic.{op}: time_dim: expected -1 {instead}, got {time_dim}")
 
 
 def _rule(operator: Operator):
@@ -76,21 +88,17 @@ def _rule(operator: Operator):
         for name, x in call.items():
             if isinstance(x, Tensor) and x.is_nested and name not in operator.per_token + operator.either:
                 raise ValueError(f"fused_critic.{op}: {name}: expected a strided tensor, got a nested one")
-        instead = "beside jagged tensors, which have offsets instead"
-        if call.get("cu_seqlens") is not None:
-            raise ValueError(f"fused_critic.{op}: cu_seqlens: expected None {instead}, got a tensor")
-        if call.get("time_dim", -1) != -1:
-            raise ValueError(f"fused_critic.{op}: time_dim: expected -1 {instead}, got {call['time_dim']}")
+        check_no_other_layout(op, call.get("cu_seqlens"), call.get("time_dim", -1))
         tensors = {name: call[name] for name in operator.per_token if call.get(name) is not None}
         tensors |= {name: call[name] for name in operator.either if isinstance(call.get(name), Tensor) and call[name].is_nested}
-        offsets, packed = unwrap(op, tensors)
+        offsets, tokens = unwrap(op, tensors)
         for name in operator.either:
             x = call.get(name)
             if isinstance(x, Tensor) and not x.is_nested and x.shape not in ((), (offsets.shape[0] - 1,)):
                 raise ValueError(
                     f"fused_critic.{op}: {name}: expected a jagged tensor or a number, got a strided tensor of shape {list(x.shape)}"
                 )
-        results = func(**{**call, **dict(zip(tensors, packed)), "cu_seqlens": offsets})
+        results = func(**{**call, **dict(zip(tensors, tokens)), "cu_seqlens": offsets})
         if isinstance(results, Tensor):
             return cls(results, offsets)
         return tuple(cls(x, offsets) if per_token else x for x, per_token in zip(results, operator.per_token_results(call)))

@@ -33,9 +33,8 @@ def masked_whiten(
         TypeError: ``x`` is not floating, ``group`` is not a process group of this rank.
     """
     if x.is_nested or (mask is not None and mask.is_nested):
-        offsets, (x, mask) = _jagged.unwrap("masked_whiten", {"x": x, "mask": mask})
         options = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
-        return _jagged.wrap(masked_whiten(x, mask, **options), offsets)
+        return _jagged.packed("masked_whiten", {"x": x, "mask": mask}, lambda offsets, tokens: masked_whiten(**tokens, **options))
     _check(x, mask, group)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(dtype)
