@@ -100,6 +100,47 @@ def test_gae(device, follow, whiten):
         cases.assert_same_bits(x, y)
 
 
+def test_recurrences(device):
+    """reverse_scan with every kind of decay and its gradients, V-trace, and what gae composes of scans."""
+    offsets = offsets_on(device)
+    x, decay, init, upstream = tokens(device, 5, 4)
+    init = init[: len(BOUNDS) - 1]
+    for decays in (0.9, decay[: len(BOUNDS) - 1], decay):
+
+        def run(arrange, **layout):
+            tensors = [decays] if isinstance(decays, torch.Tensor) else []
+            leaves = [t.clone().requires_grad_() for t in (x, init, *tensors)]
+            number = leaves[2] if tensors else decays
+            number = arrange(number) if tensors and number.shape == x.shape else number
+            y = fused_critic.reverse_scan(arrange(leaves[0]), number, leaves[1], **layout)
+            flat = y.values() if y.is_nested else y
+            return y, torch.autograd.grad(flat, leaves, upstream)
+
+        expected, expected_grads = run(lambda t: t, cu_seqlens=offsets)
+        got, got_grads = run(lambda t: jagged(t, offsets))
+        assert got.is_nested and got.offsets() is offsets
+        cases.assert_same_bits(got.values(), expected)
+        for a, b in zip(got_grads, expected_grads, strict=True):
+            cases.assert_same_bits(a, b)
+
+    rewards, values, log_rhos, _ = tokens(device, 6, 4)
+    mask = cases.mask(x.shape, torch.bool, torch.Generator().manual_seed(1)).to(device)
+    turn_ids = torch.arange(x.shape[0], device=device) // 3
+    calls = [
+        lambda arrange, **layout: fused_critic.vtrace(*(arrange(t) for t in (rewards, values, log_rhos, mask)), gamma=0.9, **layout),
+        lambda arrange, **layout: fused_critic.gae(
+            *(arrange(t) for t in (rewards, values, mask)), gamma=0.9, lam=0.8, carry_masked_rewards=True, whiten=True, **layout
+        ),
+        lambda arrange, **layout: fused_critic.gae(
+            *(arrange(t) for t in (rewards, values, mask)), gamma=0.9, lam=0.8, turn_ids=arrange(turn_ids), bootstrap_values=init, **layout
+        ),
+    ]
+    for call in calls:
+        for got, expected in zip(call(lambda t: jagged(t, offsets)), call(lambda t: t, cu_seqlens=offsets), strict=True):
+            assert got.is_nested and got.offsets() is offsets
+            cases.assert_same_bits(got.values(), expected)
+
+
 def test_masked_whiten(device):
     offsets = offsets_on(device)
     (x,) = tokens(device, 3, 1)

@@ -36,6 +36,11 @@ OPERATORS = {
         ("grad_advantages", "grad_returns", *_FLAGS),
         lambda call: (call["wanted"][0], call["wanted"][1], call["wanted"][2] and call["has_next_values"], False),
     ),
+    "reverse_scan": Operator(("x",), lambda call: (True,), ("decay",)),
+    "reverse_scan_backward": Operator(
+        ("grad", "x"), lambda call: (call["wanted"][0], call["wanted"][1] and call["decay"].is_nested, False), ("decay",)
+    ),
+    "vtrace": Operator(("rewards", "values", "log_rhos", "ratios", *_FLAGS), lambda call: (True, True, True)),
 }
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _jagged
 from ._turns import Turns, carried_rewards, check_turn_ids
 from .stats import ValueLossStats
 from .whiten import masked_whiten
@@ -224,6 +225,17 @@ def gae(
         TypeError: a dtype that is not supported.
         NotImplementedError: an option that is not there yet.
     """
+    if rewards.is_nested and (carry_masked_rewards or turn_ids is not None):
+        _jagged.check_no_other_layout("gae", cu_seqlens, time_dim)
+        tensors = {
+            "rewards": rewards, "values": values, "mask": mask, "terminated": terminated, "truncated": truncated,
+            "next_values": next_values, "turn_ids": turn_ids,
+        }  # fmt: skip
+        options = {
+            "gamma": gamma, "lam": lam, "returns_lam": returns_lam, "mask_mode": mask_mode, "bootstrap_values": bootstrap_values,
+            "carry_masked_rewards": carry_masked_rewards, "whiten": whiten,
+        }  # fmt: skip
+        return _jagged.packed("gae", tensors, lambda offsets, tokens: gae(**tokens, **options, cu_seqlens=offsets))
     if carry_masked_rewards and mask_mode != "skip":
         raise ValueError(f"fused_critic.gae: carry_masked_rewards: expected mask_mode 'skip' beside it, got {mask_mode!r}")
     if carry_masked_rewards and mask is not None:
