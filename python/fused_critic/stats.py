@@ -71,14 +71,17 @@ class ValueLossStats:
 
     @property
     def value_mean(self) -> Tensor:
+        """Mean of the values."""
         return _ratio(self.moments[..., _VALUE], self.moments[..., _WEIGHT])
 
     @property
     def value_min(self) -> Tensor:
+        """Least value of a valid token."""
         return torch.where(self.moments[..., _TOKENS] > 0, self.moments[..., _MIN], 0.0)
 
     @property
     def value_max(self) -> Tensor:
+        """Greatest value of a valid token."""
         return torch.where(self.moments[..., _TOKENS] > 0, self.moments[..., _MAX], 0.0)
 
     @property
@@ -88,6 +91,7 @@ class ValueLossStats:
 
     @property
     def return_mean(self) -> Tensor:
+        """Mean of the returns."""
         return _ratio(self.moments[..., _RETURN], self.moments[..., _WEIGHT])
 
     @property
@@ -117,6 +121,7 @@ class ValueLossStats:
         return (_ratio(self.moments[..., first + 1], weight) - mean * mean).clamp(min=0)
 
     def __add__(self, other: ValueLossStats) -> ValueLossStats:
+        """The statistics of both parts' tokens together."""
         if not isinstance(other, ValueLossStats):
             return NotImplemented
         return self.merge([self, other])
