@@ -223,7 +223,6 @@ def gae(
         ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma``, ``lam`` or ``returns_lam`` out of range or with
             a gradient, ``truncated`` without ``next_values``, ``bootstrap_values`` beside them, an unknown name.
         TypeError: a dtype that is not supported.
-        NotImplementedError: an option that is not there yet.
     """
     if rewards.is_nested and (carry_masked_rewards or turn_ids is not None):
         _jagged.check_no_other_layout("gae", cu_seqlens, time_dim)
