@@ -92,6 +92,9 @@ template <typename T>
 struct ScanKernels {
   void (*reverse_scan)(const ReverseScanParams& p, const SequenceWalk& walk);
   void (*reverse_scan_adjoint)(const ReverseScanBackwardParams& p, const SequenceWalk& walk);
+  // n sequences, eight at a time.
+  void (*reverse_scan_lockstep)(const ReverseScanParams& p, const LaneSequence* sequences, int64_t n);
+  void (*reverse_scan_adjoint_lockstep)(const ReverseScanBackwardParams& p, const LaneSequence* sequences, int64_t n);
   void (*vtrace)(const VTraceParams& p, const SequenceWalk& walk);
 };
 

@@ -4,33 +4,40 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <type_traits>
 
+#include "division.h"
 #include "kernels.h"
 #include "sequences.h"
 
 namespace fused_critic::cpu {
 
 // f(walk) for every sequence, in parallel; each sequence is walked by one thread, so nothing depends on their number. `reference`: an
-// operand that tells whether neighbours in memory are neighbouring sequences, which are then walked side by side.
-template <typename F>
-void over_sequences(const Layout& layout, const Operand& reference, const F& f) {
+// operand that tells whether neighbours in memory are neighbouring sequences, which are then walked side by side. lockstep(sequences, n),
+// if there is one, takes sequences along time that are many.
+template <typename F, typename Lockstep>
+void over_sequences(const Layout& layout, const Operand& reference, const F& f, const Lockstep& lockstep) {
   constexpr int64_t kLeastColumns = 16;  // of a thread: a cache line of float
   const Sequences seqs(layout);
-  const auto one_by_one = [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) f(SequenceWalk{s, 1, seqs.origin(s), seqs.length(s), false});
-  };
   if (time_major(layout, reference)) {
     at::parallel_for(0, layout.num_seqs, std::max(kLeastColumns, kChunk / layout.seq_len), [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; s += kTile) f(SequenceWalk{s, std::min(kTile, last - s), 0, layout.seq_len, true});
     });
-  } else if (!seqs.packed()) {
-    at::parallel_for(0, layout.num_seqs, std::max<int64_t>(1, kChunk / layout.seq_len), one_by_one);
-  } else {
-    const int64_t tokens = seqs.num_tokens();
-    at::parallel_for(0, tokens, kChunk, [&](int64_t begin, int64_t end) {
-      one_by_one(seqs.first_from(begin), end == tokens ? seqs.count() : seqs.first_from(end));  // empty ones at the very end: in the last stretch
-    });
+    return;
   }
+  // A sequence that is far longer than a lane's share would keep one lane busy while the others are idle.
+  constexpr bool kLockstep = !std::is_same_v<Lockstep, std::nullptr_t>;
+  const Division d = divide(seqs, [&](int64_t length) { return kLockstep && seqs.count() >= kSideBySide && length * kSideBySide <= 2 * seqs.num_tokens(); });
+  const int64_t alone = d.alone.size();
+  parallel_over_chunks(alone + d.chunks.size(), seqs.num_tokens(), [&](int64_t i) {
+    if (i < alone) {
+      const int64_t s = d.alone[i];
+      f(SequenceWalk{s, 1, seqs.origin(s), seqs.length(s), false});
+    } else {
+      if constexpr (kLockstep) lockstep(d.chunks[i - alone].data(), d.chunks[i - alone].size());
+    }
+  });
 }
 
 }  // namespace fused_critic::cpu

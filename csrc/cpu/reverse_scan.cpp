@@ -7,12 +7,16 @@ namespace fused_critic::cpu {
 
 template <typename T>
 void reverse_scan(const ReverseScanParams& p) {
-  over_sequences(p.layout, p.x, [&](const SequenceWalk& walk) { scan_kernels<T>().reverse_scan(p, walk); });
+  over_sequences(
+      p.layout, p.x, [&](const SequenceWalk& walk) { scan_kernels<T>().reverse_scan(p, walk); },
+      [&](const LaneSequence* sequences, int64_t n) { scan_kernels<T>().reverse_scan_lockstep(p, sequences, n); });
 }
 
 template <typename T>
 void reverse_scan_backward(const ReverseScanBackwardParams& p) {
-  over_sequences(p.layout, p.grad, [&](const SequenceWalk& walk) { scan_kernels<T>().reverse_scan_adjoint(p, walk); });
+  over_sequences(
+      p.layout, p.grad, [&](const SequenceWalk& walk) { scan_kernels<T>().reverse_scan_adjoint(p, walk); },
+      [&](const LaneSequence* sequences, int64_t n) { scan_kernels<T>().reverse_scan_adjoint_lockstep(p, sequences, n); });
 }
 
 template void reverse_scan<float>(const ReverseScanParams&);

@@ -7,7 +7,7 @@ namespace fused_critic::cpu {
 
 template <typename T>
 void vtrace(const VTraceParams& p) {
-  over_sequences(p.layout, p.values, [&](const SequenceWalk& walk) { scan_kernels<T>().vtrace(p, walk); });
+  over_sequences(p.layout, p.values, [&](const SequenceWalk& walk) { scan_kernels<T>().vtrace(p, walk); }, nullptr);
 }
 
 template void vtrace<float>(const VTraceParams&);
