@@ -146,8 +146,8 @@ struct TokenArguments {
 };
 
 Outputs forward(const Arguments& args, const at::Tensor& values, const OptionalTensor& old_values, const at::Tensor& returns, const OptionalTensor& mask,
-                const TokenArguments& token, c10::string_view reduction, const std::optional<Number>& batch_num_tokens, const std::optional<Number>& global_batch_size, double dp_size,
-                std::optional<double> loss_scale_factor) {
+                const TokenArguments& token, c10::string_view reduction, const std::optional<Number>& batch_num_tokens, const std::optional<Number>& global_batch_size,
+                double dp_size, std::optional<double> loss_scale_factor) {
   ValueLossParams p;
   p.layout = args.layout();
   p.values = args.floating("values", values);
@@ -227,7 +227,8 @@ Outputs value_loss_tensor(const at::Tensor& values, const OptionalTensor& old_va
     return {number(0), x};
   };
   const TokenArguments token = {clip, bound("clip_low", clip_low), bound("clip_high", clip_high), criterion, delta, clip_only, read("loss_clamp", loss_clamp)};
-  return forward(args, values, old_values, returns, mask, token, reduction, read("batch_num_tokens", batch_num_tokens), read("global_batch_size", global_batch_size), dp_size, loss_scale_factor);
+  return forward(args, values, old_values, returns, mask, token, reduction, read("batch_num_tokens", batch_num_tokens), read("global_batch_size", global_batch_size),
+                 dp_size, loss_scale_factor);
 }
 
 at::Tensor value_loss_backward(const at::Tensor& grad_loss, const at::Tensor& values, const OptionalTensor& old_values, const at::Tensor& returns,

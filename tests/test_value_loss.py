@@ -74,7 +74,8 @@ def test_options(device, name, clip_range, kind, shape, time_dim, dtype):
 @pytest.mark.parametrize("clip_range, kind", [(0.2, "tensors"), (None, "numbers")], ids=["tensor", "none"])
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
 @pytest.mark.parametrize(
-    "shape, time_dim, dtype", [((40, 9), -1, torch.float64), ((3, 300), 0, torch.float32), ((1, 5000), -1, torch.float32)]
+    "shape, time_dim, dtype",
+    [((40, 9), -1, torch.float64), ((3, 300), 0, torch.float32), ((1, 5000), -1, torch.float32), ((1500, 3), -1, torch.float32)],
 )
 def test_options_in_every_kernel(device, clip_range, kind, reduction, shape, time_dim, dtype):
     compare_options(OPTIONS["clamped smooth_l1, clip_only"], clip_range, kind, shape, time_dim, dtype, device, reduction)

@@ -186,7 +186,9 @@ __device__ __forceinline__ void end_row(const ValueLossParams& p, int64_t row, T
 
 // --- loading a group of packs ------------------------------------------------------------------------------------------------
 
-enum TensorBit : unsigned { kValuesBit = 1, kOldValuesBit = 2, kReturnsBit = 4, kMaskBit = 8, kOutputBit = 16, kGradBit = 32, kLowBit = 64, kHighBit = 128 };
+enum TensorBit : unsigned {
+  kValuesBit = 1, kOldValuesBit = 2, kReturnsBit = 4, kMaskBit = 8, kOutputBit = 16, kGradBit = 32, kLowBit = 64, kHighBit = 128
+};
 
 // How the tensors of a launch may be accessed, by TensorBit. Anything else goes element by element.
 struct Access {
@@ -515,7 +517,7 @@ struct Walker {
   T* scratch;  // for warp_sum_slots
   Sums<T, kRows> sums;
   double total = 0;  // of the lane's slot: what was flushed
-  Rules<T, kForm> rules;
+  const Rules<T, kForm> rules;
   bool weighted, per_token, row_means;  // row_means: the sums of single rows are needed
   int passes = 0;  // since the last flush
 
@@ -1337,6 +1339,7 @@ value_loss_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan p
   value_loss_backward_block<T, kClip ? Form::kClipped : Form::kPlain>(p, plan);
 }
 
+// Three blocks per multiprocessor: options take more than the 128 registers of four.
 template <typename T>
 __global__ void __launch_bounds__(Geometry::kBackwardThreads, 3)
 value_loss_options_backward_kernel(const ValueLossBackwardParams p, const BackwardPlan plan) {
@@ -1393,9 +1396,15 @@ void launch_value_loss_backward(const ValueLossBackwardParams& params, cudaStrea
   const BackwardPlan plan = plan_backward<T>(p);
   const int64_t blocks = ceil_div(plan.rows * plan.parts, Geometry::kBackwardThreads / plan.lanes);
   switch (form_of(p.options)) {
-    case Form::kPlain: value_loss_backward_kernel<T, false><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan); break;
-    case Form::kClipped: value_loss_backward_kernel<T, true><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan); break;
-    case Form::kOptions: value_loss_options_backward_kernel<T><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan); break;
+    case Form::kPlain:
+      value_loss_backward_kernel<T, false><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan);
+      break;
+    case Form::kClipped:
+      value_loss_backward_kernel<T, true><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan);
+      break;
+    case Form::kOptions:
+      value_loss_options_backward_kernel<T><<<static_cast<unsigned>(blocks), Geometry::kBackwardThreads, 0, stream>>>(p, plan);
+      break;
   }
 }
 

@@ -69,8 +69,13 @@ struct TokenOptions {
   bool clip, clip_only;
 
   FUSED_CRITIC_HD TokenOptions(const LossOptions& o, T limit_)
-      : delta(static_cast<T>(o.criterion.delta)), curvature(static_cast<T>(o.criterion.curvature)), slope(static_cast<T>(o.criterion.slope)),
-        offset(static_cast<T>(o.criterion.offset)), limit(limit_), clip(o.clip), clip_only(o.clip_only) {}
+      : delta(static_cast<T>(o.criterion.delta)),
+        curvature(static_cast<T>(o.criterion.curvature)),
+        slope(static_cast<T>(o.criterion.slope)),
+        offset(static_cast<T>(o.criterion.offset)),
+        limit(limit_),
+        clip(o.clip),
+        clip_only(o.clip_only) {}
 
   // Twice the criterion, and its derivative.
   FUSED_CRITIC_HD T twice(T d) const { return fabs(d) > delta ? 2 * slope * (fabs(d) - offset) : curvature * d * d; }
