@@ -193,6 +193,13 @@ FAULTS = (
         "sizeof(T) == sizeof(float) && plan.lanes >= kWarp / 2) {",
         LOSS,
     ),
+    Fault(
+        "a bound of another token: the range per token",
+        "cuda/value_loss.cu",
+        "return value_loss_with_options(v, old, ret, low.v[i], high.v[i], options);",
+        "return value_loss_with_options(v, old, ret, low.v[i], high.v[0], options);",
+        (*LOSS, "-k", "in_every_kernel"),
+    ),
 )
 
 
