@@ -127,6 +127,18 @@ def wrong_returns(rewards, values, *arguments, gamma, **options):
     )
 
 
+def gae_without_mode(*arguments, mask_mode="skip", **options):
+    return original_gae(*arguments, **options)
+
+
+def gae_without_returns_lam(*arguments, returns_lam=None, **options):
+    return original_gae(*arguments, **options)
+
+
+def gae_with_one_lambda(*arguments, lam, **options):
+    return original_gae(*arguments, lam=lam[:1].expand_as(lam), **options)
+
+
 def wrong_gae_gradient(rewards, *arguments, **options):
     return original_gae(ScaledGradient.apply(rewards), *arguments, **options)
 
@@ -155,6 +167,9 @@ CORRUPTIONS = {
     "wandering loss gradient": ("value_loss", wandering_loss_gradient, "repeat/0"),
     "advantages": ("gae", wrong_advantages, "gae-shapes/9"),
     "returns": ("gae", wrong_returns, "gae-shapes/9"),
+    "mask_mode": ("gae", gae_without_mode, "gae/257"),
+    "returns_lam": ("gae", gae_without_returns_lam, "gae-edges/1"),
+    "lambda per sequence": ("gae", gae_with_one_lambda, "gae/326"),
     "gae gradient": ("gae", wrong_gae_gradient, "gae-gradient-shapes/9"),
     "wandering gae": ("gae", wandering_gae, "repeat/18"),
     "whiten": ("masked_whiten", wrong_whiten, "whiten/3"),

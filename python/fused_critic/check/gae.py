@@ -145,9 +145,9 @@ def problems():
     for mask, stride in itertools.product(cases.MASKS, cases.STRIDES):
         yield problem(mask=mask, strides=(stride,) * 4)
     for kind, mode, follow in itertools.product(cases.LAYOUTS, FACTORS["mask_mode"], FACTORS["follow"]):
-        yield problem(kind=kind, mask_mode=mode, follow=follow, mask=torch.bool, density=0.3)
+        yield problem(kind=kind, mask_mode=mode, follow=follow, mask=torch.bool, density=0.3, gamma=0.97, lam=0.9)
     for kind, numbers, returns_lam in itertools.product(cases.LAYOUTS, FACTORS["numbers"], FACTORS["returns_lam"]):
-        yield problem(kind=kind, numbers=numbers, returns_lam=returns_lam)
+        yield problem(kind=kind, numbers=numbers, returns_lam=returns_lam, gamma=0.97, lam=0.9)
 
 
 def compare_shape(shape, masked, time_dim, device, function=compare):
