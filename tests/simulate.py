@@ -20,11 +20,20 @@ SIMULATOR = ROOT / "tests" / "fakecuda"
 SUBSET = (
     "tests/test_value_loss.py",
     "tests/test_gae.py",
+    "tests/test_reverse_scan.py",
+    "tests/test_vtrace.py",
     "-k",
     "test_shapes or test_padding_mask or test_reference_vector or test_masked_contents_have_no_influence or test_same_bits_on_every_run",
 )
 # Shuffled schedules differ in the order of warps, which is slow to simulate: what hands over between warps, tiles and blocks.
-SHUFFLED = ("tests/test_value_loss.py", "tests/test_gae.py", "-k", "test_same_bits_on_every_run or (test_shapes and long)")
+SHUFFLED = (
+    "tests/test_value_loss.py",
+    "tests/test_gae.py",
+    "tests/test_reverse_scan.py",
+    "tests/test_vtrace.py",
+    "-k",
+    "test_same_bits_on_every_run or (test_shapes and long)",
+)
 
 
 @dataclass(frozen=True)
