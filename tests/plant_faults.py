@@ -36,6 +36,7 @@ class Fault:
 
 LOSS, GAE = ("tests/test_value_loss.py",), ("tests/test_gae.py",)
 LOSS_EXAMPLES = (*LOSS, "-k", "test_shapes or masked_contents")  # a property test that fails shrinks for minutes where it is simulated
+SCAN, VTRACE = ("tests/test_reverse_scan.py", "-k", "test_shapes"), ("tests/test_vtrace.py", "-k", "test_shapes or masked_contents")
 STREAMS = ("tests/test_torch_integration.py", "-k", "side_stream or second_device")
 
 FAULTS = (
@@ -87,6 +88,34 @@ FAULTS = (
         "a = step ? advantage : a;",
         "a = advantage;",
         GAE,
+    ),
+    Fault(
+        "reading a masked value: V-trace",
+        "cuda/vtrace.cu",
+        "a = t.valid ? s.delta + s.factor * a : a;",
+        "a = s.delta + s.factor * a;",
+        VTRACE,
+    ),
+    Fault(
+        "a trace cut between threads: V-trace's policy gradient",
+        "cuda/vtrace.cu",
+        "t.pg_power = s.pg_slope * power;",
+        "t.pg_power = s.pg_slope;",
+        VTRACE,
+    ),
+    Fault(
+        "reading past the end of a row: the reverse scan's adjoint",
+        "cuda/reverse_scan.cu",
+        "carry = live ? factor * tokens[i].p : carry;",
+        "carry = factor * tokens[i].p;",
+        SCAN,
+    ),
+    Fault(
+        "off by one: what the gradient of a decay is multiplied by",
+        "cuda/reverse_scan.cu",
+        "out[i] = p_.shifted ? next : y;",
+        "out[i] = y;",
+        SCAN,
     ),
     Fault(
         "a wrong hand-over between warps: GAE",
