@@ -267,6 +267,15 @@ def test_every_mixture_of_dtypes(device, value_dtype, other_dtype, time_dim, red
     compare(*tensors, cases.mask((12, 64), torch.bool, generator).to(device), reduction=reduction, time_dim=time_dim)
 
 
+@pytest.mark.parametrize("mask_dtype", cases.MASKS[1:], ids=str)
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
+def test_masks_of_every_width_off_the_alignment(device, mask_dtype, reduction):
+    """Rows of odd length: elements are read one by one, whatever their width."""
+    generator = torch.Generator().manual_seed(16)
+    tensors = draw_inputs((3, 37), generator, device, [torch.float32] * 3, ["misaligned"] * 3)
+    compare(*tensors, cases.mask((3, 37), mask_dtype, generator).to(device), reduction=reduction)
+
+
 @pytest.mark.parametrize("clip_range", [0.2, None], ids=["clipped", "plain"])
 @pytest.mark.parametrize("time_dim", [-1, 0])
 def test_left_padding(device, time_dim, clip_range):

@@ -261,8 +261,6 @@ def gae(
     return GAEOutput(advantages, returns)
 
 
-
-
 def _pair(clip_range):
     if len(clip_range) != 2:
         raise ValueError(f"fused_critic.value_loss: clip_range: expected a pair (low, high), got {len(clip_range)} elements")
