@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "kernels.h"
@@ -15,21 +14,40 @@ namespace fused_critic::cpu {
 constexpr int64_t kSideBySide = 8;   // sequences of one walk (lockstep.h)
 constexpr int64_t kPackedWalk = 32;  // packed sequences in a chunk: lanes that are through early find others
 
-// Chunks differ in cost: a thread takes the next one whenever it is done with one.
-template <typename F>
-void parallel_over_chunks(int64_t chunks, int64_t tokens, const F& f) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>({chunks, tokens / kChunk + 1, at::get_num_threads()}), 1, [&](int64_t first, int64_t last) {
-    for (; first < last; ++first) {
-      for (int64_t i = next++; i < chunks; i = next++) f(i);
-    }
-  });
-}
-
 // Which sequences are walked side by side, in chunks, and which are scanned alone.
 struct Division {
   std::vector<int64_t> alone;
   std::vector<std::vector<LaneSequence>> chunks;
+
+  // scan(s) of the sequences that are alone and walk(sequences, n) of the chunks, in parallel. A thread has neighbours, whose tokens stay in
+  // its caches from call to call, and about as many tokens as the others.
+  template <typename Scan, typename Walk>
+  void run(const Sequences& seqs, const Scan& scan, const Walk& walk) const {
+    const int64_t count = alone.size() + chunks.size();
+    std::vector<int64_t> first_token(count + 1);
+    for (int64_t i = 0; i < count; ++i) first_token[i + 1] = first_token[i] + tokens_of(seqs, i);
+    const auto first_from = [&](int64_t token) { return std::lower_bound(first_token.begin(), first_token.end() - 1, token) - first_token.begin(); };
+    const int64_t tokens = first_token[count];
+    at::parallel_for(0, std::max<int64_t>(1, tokens), kChunk, [&](int64_t begin, int64_t end) {
+      const int64_t last = end >= tokens ? count : first_from(end);  // empty ones at the very end: in the last stretch
+      for (int64_t i = first_from(begin); i < last; ++i) {
+        if (i < int64_t(alone.size())) {
+          scan(alone[i]);
+        } else {
+          const auto& chunk = chunks[i - alone.size()];
+          walk(chunk.data(), int64_t(chunk.size()));
+        }
+      }
+    });
+  }
+
+ private:
+  int64_t tokens_of(const Sequences& seqs, int64_t i) const {
+    if (i < int64_t(alone.size())) return seqs.length(alone[i]);
+    int64_t tokens = 0;
+    for (const LaneSequence& s : chunks[i - alone.size()]) tokens += s.length;
+    return tokens;
+  }
 };
 
 // From long to short, roughly: by the power of two and the two bits below it.

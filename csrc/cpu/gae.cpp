@@ -65,10 +65,12 @@ class SequenceScan {
       for (int64_t end = seqs_.length(s); end > 0; end -= kSpan) spans.push_back({s, std::max<int64_t>(0, end - kSpan), end, {}, T(0)});
     }
     const auto each = [&](ScanMode mode) {
-      parallel_over_chunks(spans.size(), seqs_.num_tokens(), [&](int64_t i) {
-        Span& x = spans[i];
-        if (mode == ScanMode::kAggregate && x.begin == 0) return;  // nobody needs the map of the leftmost span
-        gae_kernels<T>().rows(p_, x.seq, seqs_.origin(x.seq), x.begin, x.end, shared_powers_.has_value() ? *shared_powers_ : powers(x.seq), x.carry, mode, &x.map);
+      at::parallel_for(0, int64_t(spans.size()), 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          Span& x = spans[i];
+          if (mode == ScanMode::kAggregate && x.begin == 0) continue;  // nobody needs the map of the leftmost span
+          gae_kernels<T>().rows(p_, x.seq, seqs_.origin(x.seq), x.begin, x.end, shared_powers_.has_value() ? *shared_powers_ : powers(x.seq), x.carry, mode, &x.map);
+        }
       });
     };
     each(ScanMode::kAggregate);
@@ -124,14 +126,7 @@ void gae(const GaeParams& p) {
     scan.scan_spans(d.alone);
     d.alone.clear();
   }
-  const int64_t alone = d.alone.size();
-  parallel_over_chunks(alone + d.chunks.size(), scan.sequences().num_tokens(), [&](int64_t i) {
-    if (i < alone) {
-      scan.scan(d.alone[i]);
-    } else {
-      gae_kernels<T>().lockstep(p, d.chunks[i - alone].data(), d.chunks[i - alone].size());
-    }
-  });
+  d.run(scan.sequences(), [&](int64_t s) { scan.scan(s); }, [&](const LaneSequence* sequences, int64_t n) { gae_kernels<T>().lockstep(p, sequences, n); });
 }
 
 template <typename T>

@@ -459,7 +459,7 @@ struct StepFlags {
   StepFlags lanes(int64_t at) const { return {live >> at & kAllLanes, valid >> at & kAllLanes, terminated >> at & kAllLanes, ends >> at & kAllLanes}; }
 };
 
-// One step of eight sequences; `carries` in place. kOptions: a mask mode other than "skip", or returns with a lambda of their own.
+// One step of eight sequences; `carries` in place. kOptions: a mask mode other than "skip", returns with a lambda of their own, numbers per sequence.
 template <bool kNextValues, bool kOptions, typename T>
 FUSED_CRITIC_INLINE GaeOutputs<T> gae_step(const GaeParams& p, Vec<T> reward, Vec<T> value, Vec<T> next_value, const StepFlags& flags, const Vec<T>& gamma,
                                            const Vec<T>& gamma_lam, const Vec<T>& gamma_second, GaeLaneCarries<T>& carries) {
@@ -493,7 +493,10 @@ FUSED_CRITIC_INLINE GaeOutputs<T> gae_step(const GaeParams& p, Vec<T> reward, Ve
   return {select(valid, advantage, zero), select(valid, second + value, zero)};
 }
 
-inline bool has_options(const GaeParams& p) { return p.has_returns_lam || (p.mask.data != nullptr && p.mask_mode != MaskMode::kSkip); }
+// Without them the factors are the same for all sequences.
+inline bool has_options(const GaeParams& p) {
+  return p.has_returns_lam || p.gamma.data != nullptr || p.lam.data != nullptr || (p.mask.data != nullptr && p.mask_mode != MaskMode::kSkip);
+}
 
 // The step of eight sequences that are valid, without ends, next values or options.
 template <typename T>
@@ -513,7 +516,8 @@ struct GaeColumns {
 };
 
 template <bool kNextValues, bool kOptions, typename T>
-inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T> t, GaeCarries<T, kTile>& carried) {
+inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T>& columns, GaeCarries<T, kTile>& carried) {
+  const GaeColumns<T> t = columns;
   const bool reads_masked = kOptions && p.mask_mode == MaskMode::kZero;
   const bool flagged = kNextValues || kOptions || t.valid != nullptr || t.terminated != nullptr;
   // Of the columns [at, at + n), n <= kBlock: 32 lanes of StepFlags.
@@ -525,18 +529,24 @@ inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T> t, GaeCa
     const uint32_t valid = bits(t.valid, all), steps = reads_masked ? all : valid, terminated = bits(t.terminated, 0) & steps;
     return StepFlags{all, valid, terminated, terminated | (bits(t.truncated, 0) & steps)};
   };
+  const Vec<T> shared_gamma = Vec<T>::all(carried.gamma[0]), shared_gamma_lam = Vec<T>::all(carried.gamma_lam[0]);
   const auto step = [&](const T* reward, const T* value, const T* next_value, const StepFlags& flags, int64_t at) {
     GaeLaneCarries<T> carries = GaeLaneCarries<T>::load(carried, at);
     const GaeOutputs<T> out = gae_step<kNextValues, kOptions>(
-        p, Vec<T>::load(reward), Vec<T>::load(value), kNextValues ? Vec<T>::load(next_value) : Vec<T>::all(T(0)), flags, Vec<T>::load(carried.gamma + at),
-        Vec<T>::load(carried.gamma_lam + at), Vec<T>::load(carried.gamma_second + at), carries);
-    carries.store(carried, at);
+        p, Vec<T>::load(reward), Vec<T>::load(value), kNextValues ? Vec<T>::load(next_value) : Vec<T>::all(T(0)), flags,
+        kOptions ? Vec<T>::load(carried.gamma + at) : shared_gamma, kOptions ? Vec<T>::load(carried.gamma_lam + at) : shared_gamma_lam,
+        kOptions ? Vec<T>::load(carried.gamma_second + at) : shared_gamma_lam, carries);
+    carries.advantage.store(carried.advantage + at);
+    carries.value.store(carried.value + at);
+    if constexpr (kOptions) carries.second.store(carried.second + at);
     return out;
   };
   const auto plain_steps = [&](int64_t at, int64_t end) {
+    const GaeColumns<T> t = columns;  // copies, which no store can change
+    const Vec<T> gamma = shared_gamma, gamma_lam = shared_gamma_lam;
     for (; at < end; at += kLanes) {
       GaeLaneCarries<T> carries = GaeLaneCarries<T>::load(carried, at);
-      gae_plain_step(Vec<T>::load(t.reward + at), Vec<T>::load(t.value + at), Vec<T>::load(carried.gamma + at), Vec<T>::load(carried.gamma_lam + at), carries)
+      gae_plain_step(Vec<T>::load(t.reward + at), Vec<T>::load(t.value + at), gamma, gamma_lam, carries)
           .store(t.advantages + at, t.returns + at);
       carries.advantage.store(carried.advantage + at);
       carries.value.store(carried.value + at);
@@ -544,16 +554,16 @@ inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T> t, GaeCa
   };
   int64_t at = 0;
   while (t.n - at >= kLanes) {
-    const int64_t columns = std::min<int64_t>(flagged ? kBlock : t.n, (t.n - at) / kLanes * kLanes);
-    const StepFlags flags = flagged ? load_flags(at, columns) : StepFlags{0, 0, 0, 0};
+    const int64_t n = std::min<int64_t>(flagged ? kBlock : t.n, (t.n - at) / kLanes * kLanes);
+    const StepFlags flags = flagged ? load_flags(at, n) : StepFlags{0, 0, 0, 0};
     if (!kNextValues && !kOptions && flags.valid == flags.live && flags.ends == 0) {
-      plain_steps(at, at + columns);
+      plain_steps(at, at + n);
     } else {
-      for (int64_t i = 0; i < columns; i += kLanes) {
+      for (int64_t i = 0; i < n; i += kLanes) {
         step(t.reward + at + i, t.value + at + i, t.next_value + at + i, flags.lanes(i), at + i).store(t.advantages + at + i, t.returns + at + i);
       }
     }
-    at += columns;
+    at += n;
   }
   if (const int64_t rest = t.n - at; rest > 0) {  // the last n % kLanes sequences, with lanes that do not exist
     T reward[kLanes] = {}, value[kLanes] = {}, next_value[kLanes] = {}, advantages[kLanes], returns[kLanes];

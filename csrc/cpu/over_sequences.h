@@ -29,15 +29,11 @@ void over_sequences(const Layout& layout, const Operand& reference, const F& f, 
   // A sequence that is far longer than a lane's share would keep one lane busy while the others are idle.
   constexpr bool kLockstep = !std::is_same_v<Lockstep, std::nullptr_t>;
   const Division d = divide(seqs, [&](int64_t length) { return kLockstep && seqs.count() >= kSideBySide && length * kSideBySide <= 2 * seqs.num_tokens(); });
-  const int64_t alone = d.alone.size();
-  parallel_over_chunks(alone + d.chunks.size(), seqs.num_tokens(), [&](int64_t i) {
-    if (i < alone) {
-      const int64_t s = d.alone[i];
-      f(SequenceWalk{s, 1, seqs.origin(s), seqs.length(s), false});
-    } else {
-      if constexpr (kLockstep) lockstep(d.chunks[i - alone].data(), d.chunks[i - alone].size());
-    }
-  });
+  d.run(
+      seqs, [&](int64_t s) { f(SequenceWalk{s, 1, seqs.origin(s), seqs.length(s), false}); },
+      [&](const LaneSequence* sequences, int64_t n) {
+        if constexpr (kLockstep) lockstep(sequences, n);
+      });
 }
 
 }  // namespace fused_critic::cpu
