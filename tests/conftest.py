@@ -15,6 +15,7 @@ hypothesis.settings.register_profile("quick", parent=hypothesis.settings.get_pro
 def pytest_addoption(parser):
     parser.addoption("--devices", default=None, help="comma-separated devices to test (default: cpu, and cuda if torch finds one)")
     parser.addoption("--quick", action="store_true", help="fewer examples in the property tests")
+    parser.addoption("--write-parity", action="store_true", help="write the table of docs/parity.md (a run of all of tests/parity)")
 
 
 def pytest_configure(config):

@@ -37,16 +37,13 @@ float64 mask                         widens the results                    widen
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import inspect
-import sys
-import types
-from typing import Any, Callable, ContextManager, Iterator, Optional
+from typing import Any, Optional
 
 import torch
 
 import fused_critic
+
+from ._adapter import Adapter, Replacement
 
 __all__ = ["compute_gae_advantage_return", "compute_value_loss", "install", "uninstall"]
 
@@ -107,72 +104,15 @@ def _squeeze_single(number: Any) -> Any:
 
 
 _CORE_ALGOS = "verl.trainer.ppo.core_algos"
-_OURS = (compute_value_loss, compute_gae_advantage_return)
 
-# What install() replaced, in order: (namespace, name, verl's function, ours).
-_replaced: list[tuple[dict[str, Any], str, Callable, Callable]] = []
-
-
-def install() -> ContextManager:
-    """Puts both functions into verl, which is imported if it is not yet.
-
-    Replaced are the functions in ``verl.trainer.ppo.core_algos``, the entry of its registry of advantage estimators, and every
-    attribute of an imported module that holds one of them (``from ... import compute_value_loss``); not references kept elsewhere, in
-    closures or instances. A second call finds nothing left to do. If verl's functions have other signatures than ours, a RuntimeError
-    shows both, and nothing is replaced.
-
-    Returns a context manager whose exit undoes what this call did.
-    """
-    core_algos = importlib.import_module(_CORE_ALGOS)
-    pairs = [(getattr(core_algos, ours.__name__, None), ours) for ours in _OURS]
-    pairs = [(theirs, ours) for theirs, ours in pairs if theirs is not ours]
-    for theirs, ours in pairs:
-        _check_signature(theirs, ours)
-    for namespace in _namespaces(core_algos):
-        for name, held in list(namespace.items()):
-            for theirs, ours in pairs:
-                if held is theirs:
-                    namespace[name] = ours
-                    _replaced.append((namespace, name, theirs, ours))
-    undo = contextlib.ExitStack()
-    if pairs:
-        undo.callback(uninstall)
-    return undo
-
-
-def uninstall() -> None:
-    """Puts verl's own functions back wherever install() replaced them, and into verl's modules that were imported since.
-
-    What somebody else has assigned in the meantime stays.
-    """
-    originals = [(theirs, ours) for _, _, theirs, ours in _replaced]
-    while _replaced:
-        namespace, name, theirs, ours = _replaced.pop()
-        if namespace.get(name) is ours:
-            namespace[name] = theirs
-    for namespace in _namespaces(sys.modules.get(_CORE_ALGOS), within="verl"):
-        for name, held in list(namespace.items()):
-            for theirs, ours in originals:
-                if held is ours:
-                    namespace[name] = theirs
-
-
-def _namespaces(core_algos: Optional[types.ModuleType], within: Optional[str] = None) -> Iterator[dict[str, Any]]:
-    """The registry of advantage estimators, and the attributes of every imported module (of the package ``within``)."""
-    yield getattr(core_algos, "ADV_ESTIMATOR_REGISTRY", {})
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, types.ModuleType) and within in (None, name.partition(".")[0]):
-            yield vars(module)
-
-
-def _check_signature(theirs: Optional[Callable], ours: Callable) -> None:
-    def parameters(function: Callable) -> list[tuple]:
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-
-    if theirs is None or parameters(theirs) != parameters(ours):
-        version = getattr(sys.modules.get("verl"), "__version__", "unknown")
-        raise RuntimeError(
-            f"{_CORE_ALGOS}.{ours.__name__} of the installed verl (version {version}) is not the function that fused_critic replaces:\n"
-            f"  verl's:         {'missing' if theirs is None else inspect.signature(theirs)}\n"
-            f"  fused_critic's: {inspect.signature(ours)}"
-        )
+ADAPTER = Adapter(
+    "verl",
+    distribution="verl",
+    version="0.9.1",
+    replacements=[
+        Replacement(f"{_CORE_ALGOS}:compute_value_loss", compute_value_loss),
+        Replacement(f"{_CORE_ALGOS}:compute_gae_advantage_return", compute_gae_advantage_return),
+    ],
+    registries=[f"{_CORE_ALGOS}:ADV_ESTIMATOR_REGISTRY"],
+)
+install, uninstall = ADAPTER.install, ADAPTER.uninstall

@@ -1,0 +1,42 @@
+"""The trainers whose code the parity suite runs: versions, and functions taken out of their wheels (wheel_source.py)."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import verl_wheel
+import wheel_source
+
+# Names as wheels spell them. Raise a version here, run the suite, and the table of docs/parity.md follows with --write-parity.
+VERSIONS = {
+    "verl": verl_wheel.VERSION,
+}
+
+
+PAGES = Path(__file__).parents[2] / "docs" / "trainers"
+
+
+def snippets(trainer: str) -> list[str]:
+    """The python blocks of docs/trainers/<trainer>.md, in order."""
+    return re.findall(r"^```python\n(.*?)^```", (PAGES / f"{trainer}.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def root(distribution: str) -> Path:
+    """The folder with the wheel's content. Without the wheel the test is skipped, in CI it fails."""
+    try:
+        cache = verl_wheel.cache_dir()
+        return wheel_source.unpacked(wheel_source.wheel(distribution, VERSIONS[distribution], cache, download=True), cache)
+    except wheel_source.Unavailable as reason:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no wheel of {distribution}: {reason}")
+
+
+def functions(distribution: str, path: str, names: list[str], **scope: Any) -> SimpleNamespace:
+    """The named functions or classes ("Class.method": as a function) of the wheel's file `path`, executed in `scope`."""
+    return wheel_source.execute(root(distribution) / path, names, **scope)
