@@ -178,6 +178,14 @@ FUSED_CRITIC_INLINE GaeOutputs<T> dense_group(const GaeLanes<T>& in, const GaeCo
   return {advantages, advantages + in.value};
 }
 
+// Fetches the block that lies `offset` elements from p into the first-level cache. Streams end with every page, and hardware follows them no
+// further; here the walk knows where it goes on. Harmless where nothing is.
+template <typename T>
+FUSED_CRITIC_INLINE void prefetch_block(const T* p, int64_t offset) {
+  const uintptr_t block = reinterpret_cast<uintptr_t>(p) + offset * int64_t(sizeof(T));
+  for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(reinterpret_cast<const void*>(block + line));
+}
+
 // Of a block, transposed: lane i holds a segment of kBlockGroups tokens.
 template <typename T>
 struct BlockScratch {
@@ -194,6 +202,10 @@ inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks,
   const T *reward = t.reward + at, *value = t.value + at;
   T *advantages = t.advantages + at, *returns = t.returns + at;
   for (int64_t k = blocks - 1; k >= 0; --k) {
+    if constexpr (kMode != ScanMode::kAggregate) {
+      prefetch_block(advantages, k * kBlock);
+      prefetch_block(returns, k * kBlock);
+    }
     Vec<T> x[kBlockGroups];
     for (int i = 0; i < kBlockGroups; ++i) {
       const int64_t from = k * kBlock + i * kLanes;
@@ -211,6 +223,8 @@ inline GaeCarry<T> dense_blocks(const GaeTile<T>& t, int64_t at, int64_t blocks,
   for (int64_t k = blocks - 1; k >= 0; --k) scratch[k].segment = separate_halves(entering_alike<kMode>(scratch[k].segment, c.segment, state));
   if constexpr (kMode == ScanMode::kAggregate) return state;
   for (int64_t k = blocks - 1; k >= 0; --k) {
+    prefetch_block(reward, k * kBlock - kTile);  // of the next tile
+    prefetch_block(value, k * kBlock - kTile);
     const Vec<T>*last = scratch[k].last, x0 = scratch[k].segment;
     Vec<T> x[kBlockGroups] = {c.cube * x0 + last[0], c.token.two * x0 + last[1], c.gamma_lam * x0 + last[2], x0};
     transpose_in_halves(x);
@@ -513,6 +527,16 @@ struct GaeColumns {
   const T *reward, *value, *next_value;
   const uint8_t *valid, *terminated, *truncated;
   T *advantages, *returns;
+  struct {
+    int64_t reward, value, advantages, returns;
+  } next_step;  // how many elements further those of the step lie that is taken next
+
+  FUSED_CRITIC_INLINE void prefetch_next_step(int64_t at) const {
+    prefetch_block(reward + at, next_step.reward);
+    prefetch_block(value + at, next_step.value);
+    prefetch_block(advantages + at, next_step.advantages);
+    prefetch_block(returns + at, next_step.returns);
+  }
 };
 
 template <bool kNextValues, bool kOptions, typename T>
@@ -554,7 +578,8 @@ inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T>& columns
   };
   int64_t at = 0;
   while (t.n - at >= kLanes) {
-    const int64_t n = std::min<int64_t>(flagged ? kBlock : t.n, (t.n - at) / kLanes * kLanes);
+    const int64_t n = std::min<int64_t>(kBlock, (t.n - at) / kLanes * kLanes);
+    t.prefetch_next_step(at);
     const StepFlags flags = flagged ? load_flags(at, n) : StepFlags{0, 0, 0, 0};
     if (!kNextValues && !kOptions && flags.valid == flags.live && flags.ends == 0) {
       plain_steps(at, at + n);
@@ -591,7 +616,8 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count) {
     T* direct_returns = direct_rect<T>(p.returns, origin(p.returns), 0, p.returns.seq_stride, rect);
     const GaeColumns<T> t{count, numbers(p.rewards, s.reward), numbers(p.values, s.value), numbers(p.next_values, s.next), flags(p.mask, s.valid),
                           flags(p.terminated, s.terminated), flags(p.truncated, s.ends), direct_advantages != nullptr ? direct_advantages : s.advantages,
-                          direct_returns != nullptr ? direct_returns : s.returns};
+                          direct_returns != nullptr ? direct_returns : s.returns,
+                          {-p.rewards.time_stride, -p.values.time_stride, -p.advantages.time_stride, -p.returns.time_stride}};
     if (next) {
       options ? gae_step_of_columns<true, true>(p, t, carried) : gae_step_of_columns<true, false>(p, t, carried);
     } else {
