@@ -112,6 +112,7 @@ Outputs forward(const Arguments& args, const at::Tensor& rewards, const at::Tens
   set_factors(gamma, lam, returns_lam, p);
   const bool wide = is_double(rewards) || is_double(values) || is_double(next_values) || is_double(bootstrap_values);
   const auto options = rewards.options().dtype(wide ? at::kDouble : at::kFloat);
+  keep_pages(rewards.device(), 2 * rewards.numel() * int64_t(options.dtype().itemsize()));
   at::Tensor advantages = at::empty_like(rewards, options), returns = at::empty_like(rewards, options);
   p.advantages = args.output(advantages);
   p.returns = args.output(returns);

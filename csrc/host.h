@@ -83,6 +83,15 @@ inline Number number(double value) {
 // A number that the host knows, the same for all sequences.
 inline bool known(const Number& n) { return n.data == nullptr; }
 
+// For the outputs of one call, `bytes` in all, before they are allocated. glibc returns what is free at the end of its heap to the system when that is
+// more than twice the largest block that it has ever unmapped (mallopt(3), M_TRIM_THRESHOLD). Outputs that a caller drops together are, and so every
+// call would have all their pages faulted in anew, for several times the kernel's time. A block of their size that is allocated and freed untouched raises
+// that bound. Outside of these sizes glibc would do something else.
+inline void keep_pages(const at::Device& device, int64_t bytes) {
+  constexpr int64_t kLeast = int64_t(128) << 10, kMost = int64_t(32) << 20;  // where its thresholds begin and end
+  if (device.is_cpu() && bytes >= kLeast && bytes < kMost) at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+}
+
 #ifdef FUSED_CRITIC_WITH_CUDA
 // Runs launch(workspace, stream) with `device` current, on its current stream, with scratch from the caching allocator.
 template <typename Launch>

@@ -81,6 +81,7 @@ Outputs forward(const Arguments& args, const at::Tensor& rewards, const at::Tens
   p.pg_rho_clip = numbers.pg_rho_clip;
   const bool wide = is_double(rewards) || is_double(values) || is_double(log_rhos) || is_double(ratios) || is_double(next_values) || is_double(bootstrap_values);
   const auto options = rewards.options().dtype(wide ? at::kDouble : at::kFloat);
+  keep_pages(rewards.device(), 3 * rewards.numel() * int64_t(options.dtype().itemsize()));
   at::Tensor vs = at::empty_like(rewards, options), pg_advantages = at::empty_like(rewards, options), advantages = at::empty_like(rewards, options), following;
   p.vs = args.output(vs);
   p.pg_advantages = args.output(pg_advantages);
