@@ -121,7 +121,7 @@ def value_loss(
             missing ``old_values`` or global count, an input other than ``values`` that requires grad.
         TypeError: a dtype that is not supported.
 
-    Example:
+    Examples:
         >>> values = torch.tensor([[1.0, 3.0]], requires_grad=True)
         >>> old_values, returns = torch.zeros(1, 2), torch.ones(1, 2)
         >>> fused_critic.value_loss(values, old_values, returns, clip_range=0.5, criterion="huber", reduction="none").loss

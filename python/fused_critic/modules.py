@@ -19,7 +19,7 @@ class ClippedValueLoss(torch.nn.Module):
     The call takes what changes from batch to batch, all of it as :func:`value_loss` does, and raises the same errors:
     ``loss_function(values, old_values, returns, mask=None, *, batch_num_tokens=None, global_batch_size=None, cu_seqlens=None)``.
 
-    Example:
+    Examples:
         >>> loss_function = fused_critic.ClippedValueLoss(clip_range=0.2, criterion="huber", delta=10.0)
         >>> loss, stats = loss_function(torch.tensor([[1.0]]), torch.tensor([[0.9]]), torch.tensor([[3.0]]))
         >>> loss
