@@ -14,7 +14,7 @@ PIP = $(BIN)/python -m pip
 BUILD_INPUTS = setup.py build_config.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
 .DEFAULT_GOAL = help
-.PHONY: help test test-cuda demo bench clean
+.PHONY: help test test-cuda demo bench docs clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -57,6 +57,16 @@ demo: $(VENV)/.built-examples  ## set up and train both examples: PPO on a token
 
 bench: $(VENV)/.built-bench  ## set up and run the benchmarks, five minutes (BENCH_ARGS are passed on)
 	$(BIN)/python -m benchmarks --fetch $(BENCH_ARGS)
+
+# Neither torch nor the package is needed: docstrings are read from the sources.
+docs: $(VENV)/.docs  ## set up and build the documentation, build/site/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --group docs
+	@touch $@
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(CUDA_VENV) $(CUDA_VENV)-full build dist python/*.egg-info python/fused_critic/*.so python/fused_critic/_build_stamp.py
