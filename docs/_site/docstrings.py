@@ -12,15 +12,23 @@ MATH = re.compile(r"^( *)\.\. math::(.*)\n((?:(?:\1 +.*)?\n)*)", re.MULTILINE)
 RULE = re.compile(r"^( *)(=+(?:  +=+)+)$", re.MULTILINE)
 
 
-def markdown(text: str) -> str:
+def markdown(text: str, module: griffe.Module) -> str:
+    def role(match: re.Match) -> str:
+        kind, content = match.groups()
+        if kind == "math":
+            return f"$`{words(content)}`$"
+        target = documented(content, module)
+        return f"[`{content}`][{target}]" if target else f"`{content}`"
+
     return MATH.sub(math, ROLE.sub(role, tables(text)))
 
 
-def role(match: re.Match) -> str:
-    kind, content = match.groups()
-    if kind == "math":
-        return f"$`{words(content)}`$"
-    return f"[`{content}`][fused_critic.{content}]" if kind in ("func", "class") else f"`{content}`"
+def documented(name: str, module: griffe.Module) -> str | None:
+    """The path of what a role names: something of the same module, or of the package's public API."""
+    name = name.removeprefix("fused_critic.")
+    if name in module.members and not name.startswith("_") and module.members[name].has_docstring:
+        return f"{module.path}.{name}"
+    return f"fused_critic.{name}" if name in (module.package.exports or ()) else None
 
 
 def words(tex: str) -> str:
@@ -63,6 +71,12 @@ def tables(text: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+    def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
+        self.visit(pkg)
+
+    def visit(self, obj: griffe.Object) -> None:
         if obj.docstring:
-            obj.docstring.value = markdown(obj.docstring.value)
+            obj.docstring.value = markdown(obj.docstring.value, obj if isinstance(obj, griffe.Module) else obj.module)
+        for member in obj.members.values():
+            if not member.is_alias:
+                self.visit(member)
