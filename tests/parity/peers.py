@@ -14,6 +14,10 @@ import wheel_source
 
 # Names as wheels spell them. Raise a version here, run the suite, and the table of docs/parity.md follows with --write-parity.
 VERSIONS = {
+    "cleanrl": "1.2.0",
+    "rl_games": "1.6.5",
+    "rsl_rl_lib": "5.5.1",
+    "skrl": "2.1.1",
     "verl": verl_wheel.VERSION,
 }
 
