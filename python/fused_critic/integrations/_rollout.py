@@ -53,9 +53,9 @@ def following(buffer: Tensor, last: Tensor) -> Tensor:
 def standardised(x: Tensor) -> Tensor:
     """(x - mean) / (std + 1e-8), unbiased: the trainers' normalisation, whose epsilon is added to the deviation, not to the variance.
 
-    One pass over x for both moments, so that equal numbers give exactly 0. Fewer than two numbers give 0.
+    The mean is summed in float64, so that equal numbers give exactly 0. Fewer than two numbers give 0.
     """
     if x.numel() < 2:
         return torch.zeros_like(x)
-    std, mean = torch.std_mean(x)
-    return (x - mean) / (std + 1e-8)
+    centred = x - x.mean(dtype=torch.float64).to(x.dtype)
+    return centred / (centred.std() + 1e-8)
