@@ -67,7 +67,9 @@ def test_discount_values_masks(parity, theirs, shape, ends, mask, value_size, dt
     given_to_both = (*arguments(rollout(*shape, ENDS[ends](*shape), dtype), value_size), masks)
     ours, expected = fused_rl_games.discount_values_masks(*given_to_both), theirs.discount_values_masks(*given_to_both)
     assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
-    parity.same("rl_games", "A2CBase.discount_values_masks", f"advantages, {str(dtype)[6:]}", ours, expected, rtol=tolerance, atol=tolerance)
+    parity.same(
+        "rl_games", "A2CBase.discount_values_masks", f"advantages, {str(dtype)[6:]}", ours, expected, rtol=tolerance, atol=tolerance
+    )
 
 
 @given(d=rollouts())
@@ -149,7 +151,9 @@ def test_difference_garbage_under_the_mask(parity, theirs, garbage):
     own = theirs.discount_values_masks(*arguments(d), masks)[..., 0]
     assert own[:4, 0].isnan().all() and own[:, 1].isfinite().all()
     torch.testing.assert_close(fused_rl_games.discount_values_masks(*arguments(d), masks), expected, rtol=0, atol=0)
-    parity.differs("rl_games", "A2CBase.discount_values_masks", "NaN in a masked step", theirs="carried to earlier steps", ours="never used")
+    parity.differs(
+        "rl_games", "A2CBase.discount_values_masks", "NaN in a masked step", theirs="carried to earlier steps", ours="never used"
+    )
 
 
 def test_difference_fractional_mask(parity, theirs):
@@ -193,7 +197,9 @@ def test_difference_gradient_on_a_bound(parity, theirs):
     expected = loss_and_gradient(theirs.default_critic_loss(old, values, 0.5, returns, True), values)
     ours = loss_and_gradient(fused_rl_games.default_critic_loss(old, values, 0.5, returns, True), values)
     assert ours[0] == expected[0] and -4 <= expected[1] <= -2 and ours[1] == -4
-    parity.differs("rl_games", "default_critic_loss", "bounds of the range", theirs="half the gradient or all, by torch's version", ours="all")
+    parity.differs(
+        "rl_games", "default_critic_loss", "bounds of the range", theirs="half the gradient or all, by torch's version", ours="all"
+    )
 
 
 def test_empty_minibatch_is_the_same(theirs):

@@ -272,7 +272,9 @@ def make_agent(env, time_limit_bootstrap):
         "rollouts": 16, "learning_epochs": 2, "mini_batches": 2, "time_limit_bootstrap": time_limit_bootstrap,
         "experiment": {"write_interval": 0, "checkpoint_interval": 0},
     }  # fmt: skip
-    return PPO(models={"policy": Policy(), "value": Value()}, memory=RandomMemory(memory_size=16, num_envs=4, device="cpu"), cfg=cfg, **spaces)
+    return PPO(
+        models={"policy": Policy(), "value": Value()}, memory=RandomMemory(memory_size=16, num_envs=4, device="cpu"), cfg=cfg, **spaces
+    )
 
 
 def train(install, time_limit_bootstrap):

@@ -63,9 +63,7 @@ def compute_returns(self: Any, obs: Any) -> None:
     storage.advantages = advantages if self.normalize_advantage_per_mini_batch else _rollout.standardised(advantages)
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, clip_param: float = 0.2, use_clipped_value_loss: bool = True
-) -> Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_param: float = 0.2, use_clipped_value_loss: bool = True) -> Tensor:
     """The 0-d ``value_loss`` of ``PPO.update``, without ``value_loss_coef``: the mean of the squared errors, or of the greater of the clipped
     and the unclipped one.
 
