@@ -740,14 +740,20 @@ class GaeLockstep {
     load_turned(b.number[0], at, reward);
     load_turned(b.number[1], at, value);
     if constexpr (kNextValues) load_turned(b.number[2], at, next_value);
-#pragma GCC unroll 8  // kTurn: the steps stay in registers
-    for (int i = kTurn - 1; i >= 0; --i) {
+    const auto step = [&](int i) __attribute__((always_inline)) {
       const auto lanes = [&](uint64_t bits) { return uint32_t(bits >> (kLanes * i) & kAllLanes); };
       const GaeOutputs<T> out =
           gae_step<kNextValues, kOptions>(p_, reward[i], value[i], next_value[i], {lanes(live_steps), lanes(valid), lanes(terminated), lanes(ends)}, gamma, gamma_lam,
                                           gamma_second, carries);
       reward[i] = out.advantages;
       value[i] = out.returns;
+    };
+    if constexpr (sizeof(T) == sizeof(float)) {
+#pragma GCC unroll 8  // kTurn: the steps stay in registers
+      for (int i = kTurn - 1; i >= 0; --i) step(i);
+    } else {
+#pragma GCC unroll 1  // they are too many registers, and unrolled a third of the build's time
+      for (int i = kTurn - 1; i >= 0; --i) step(i);
     }
     store_turned(reward, b.output[0], at);
     store_turned(value, b.output[1], at);
