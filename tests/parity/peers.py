@@ -18,6 +18,8 @@ VERSIONS = {
     "rl_games": "1.6.5",
     "rsl_rl_lib": "5.5.1",
     "skrl": "2.1.1",
+    "stable_baselines3": "2.9.2",
+    "torchrl": "0.14.1",
     "verl": verl_wheel.VERSION,
 }
 
