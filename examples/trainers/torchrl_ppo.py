@@ -127,9 +127,8 @@ def main() -> int:
     losses = [abs(a - b) for a, b in zip(ours.critic_losses, theirs.critic_losses)]
     returns = [abs(a - b) for a, b in zip(ours.returns, theirs.returns)]
     same = next((i for i, gap in enumerate(returns) if gap), len(returns))
-    print(
-        f"the returns are the same for the first {same} of {len(returns)} steps; largest gap of the critic's losses in them: {max(losses[:same], default=0):.3g}"
-    )
+    print(f"the returns are the same for the first {same} of {len(returns)} steps")
+    print(f"largest gap of the critic's losses in those: {max(losses[:same], default=0):.3g}")
     if same < min(FIRST_STEPS, len(returns)):
         print("NOT THE SAME")
         return 1

@@ -447,7 +447,7 @@ def test_no_broadcasting(torchrl, name):
         for discount in (torch.rand(5), torch.rand(2, 3, 17, 2)):
             with pytest.raises((RuntimeError, ValueError)):
                 function(discount, LMBDA, value, following, reward, *flags)
-    with pytest.raises(ValueError, match=r"gamma: expected a number or a tensor that expands to \[3, 17, 2\], got \[5\]"):
+    with pytest.raises(ValueError, match=r"gamma: expected a number, or a tensor that expands to \[3, 17, 2\], got \[5\]"):
         getattr(fused_torchrl, name)(torch.rand(5), LMBDA, value, following, reward, *flags)
     with pytest.raises(RuntimeError, match="time_dim=3"):
         getattr(fused_torchrl, name)(GAMMA, LMBDA, value, following, reward, *flags, time_dim=3)

@@ -95,7 +95,7 @@ def explained_variance(y_pred: np.ndarray, y_true: np.ndarray) -> float:
 
 
 ADAPTER = Adapter(
-    "sb3",
+    "Stable-Baselines3",
     distribution="stable-baselines3",
     version="2.9.2",
     replacements=[

@@ -191,7 +191,7 @@ class _Layout:
 
 
 def _is_plain(number: Scalar, wide: torch.dtype) -> bool:
-    """Whether fused_critic.gae takes the number for what TorchRL takes it. A number on a GPU is not read: its range is the kernel's to take."""
+    """Whether fused_critic.gae takes the number for what TorchRL takes it. One on a GPU is not read, and not checked there either."""
     if not isinstance(number, torch.Tensor):
         return 0 <= number <= 1
     if number.numel() != 1 or (number.requires_grad and torch.is_grad_enabled()) or torch.promote_types(wide, number.dtype) != wide:
@@ -211,7 +211,8 @@ def _expanded(number: Scalar, name: str, shape: torch.Size, dtype: torch.dtype) 
         return number.to(dtype).expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"fused_critic.integrations.torchrl: {name}: expected a number or a tensor that expands to {list(shape)}, got {list(number.shape)}"
+            f"fused_critic.integrations.torchrl: {name}: expected a number, or a tensor that expands to {list(shape)}, "
+            f"got {list(number.shape)}"
         ) from None
 
 
@@ -278,7 +279,7 @@ def _same_shape(x: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
 _FUNCTIONAL = "torchrl.objectives.value.functional"
 
 ADAPTER = Adapter(
-    "torchrl",
+    "TorchRL",
     distribution="torchrl",
     version="0.14.1",
     replacements=[
@@ -301,8 +302,8 @@ def _gae_class() -> type:
     for finding in ADAPTER.examine():
         if not finding.fits:
             raise RuntimeError(
-                f"{finding.target} of the installed torchrl (version {ADAPTER.installed_version() or 'unknown'}) is not the function of version "
-                f"{ADAPTER.version}:\n  torchrl's: {finding.theirs or 'missing'}\n  fused_critic's: {finding.ours}"
+                f"{finding.target} of the installed TorchRL (version {ADAPTER.installed_version() or 'unknown'}) is not the function of "
+                f"version {ADAPTER.version}:\n  TorchRL's: {finding.theirs or 'missing'}\n  fused_critic's: {finding.ours}"
             )
     advantages = importlib.import_module("torchrl.objectives.value.advantages")
     ours: dict[str, Callable[..., Any]] = {replacement.path[-1]: replacement.ours for replacement in ADAPTER.replacements}
@@ -320,7 +321,7 @@ def _rebound(function: Any, space: types.ModuleType, names: dict[str, Callable[.
     inner = getattr(function, "__wrapped__", None)
     if inner is None:
         if not set(names) & set(function.__code__.co_names):
-            raise RuntimeError(f"torchrl's {function.__qualname__} calls none of {', '.join(names)}, which fused_critic replaces in it")
+            raise RuntimeError(f"TorchRL's {function.__qualname__} calls none of {', '.join(names)}, which fused_critic replaces in it")
         scope, closure = vars(space), function.__closure__
     else:
         rebound = _rebound(inner, space, names)
