@@ -1,7 +1,8 @@
 """PPO on CartPole-v1 by TorchRL's ClipPPOLoss: with TorchRL's GAE, and with fused_critic's GAE module in its place.
 
-Same seed, one thread. Prints the returns and the times of both, and exits with status 1 if the returns are not the same for as long as
-rounding can have no effect (the first FIRST_STEPS steps).
+Same seed, one thread. Prints the returns and the times of both, and exits with status 1 unless the first FIRST_STEPS steps have the same
+returns. (Advantages that differ in a last bit need many updates until an action is another one; from then on the two runs are two samples
+of one training, as two seeds are.)
 
     python examples/trainers/torchrl_ppo.py [--steps N] [--seed N] [--quick] [--plot PATH]
 """
