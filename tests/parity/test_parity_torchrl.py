@@ -108,12 +108,13 @@ def test_dtypes(torchrl, parity, name, dtypes):
     compare(parity, name, ours, theirs, tolerance, 4 * tolerance, "values, mixed dtypes")
 
 
-@pytest.mark.parametrize("gamma, lmbda", [(0.99, 0.95), (1.0, 1.0), (1.0, 0.95), (0.0, 0.5), (1.05, 0.95), (1.05, 1.0)])
+SCALARS = [(0.99, 0.95), (1.0, 1.0), (1.0, 0.95), (1.05, 0.95), (1.05, 1.0)]
+ZERO = (0.0, 0.5)  # an error of the vectorised function: test_difference_vectorised_lambda_0
+
+
 @pytest.mark.parametrize("kind", ["number", "0-d", "[1]", "float64"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name, gamma, lmbda", [(name, *pair) for name in FUNCTIONS for pair in SCALARS] + [(LOOP, *ZERO)])
 def test_scalars(torchrl, parity, name, kind, gamma, lmbda):
-    if name == VECTORISED and gamma * lmbda == 0:
-        pytest.skip("TorchRL raises an IndexError: test_difference_vectorised_lambda_0")
     make = {
         "number": float, "0-d": torch.tensor, "[1]": lambda x: torch.tensor([x]), "float64": lambda x: torch.tensor(x, dtype=torch.float64)
     }[kind]  # fmt: skip
