@@ -96,7 +96,9 @@ void close(const ValueLossParams& p, const SeqPart& part, Partial& into) {
 template <typename T>
 void row_chunk(const ValueLossParams& p, const Sequences& seqs, int64_t begin, int64_t end, T low, T high, Partial& out) {
   const LossKernels<T>& kernel = loss_kernels<T>();
-  // Sums of the sequences inside of a tile are taken from its tokens; a tile inside of one sequence has them in its moments.
+  // Sums of the sequences inside of a tile are taken from its tokens; a tile inside of one sequence has them in its moments. Where only the number
+  // of non-empty sequences is asked for, and there is no mask, their lengths tell it.
+  const bool counts_only = p.mask.data == nullptr && p.reduction != Reduction::kSeqMeanTokenMean;
   T token_loss[kTile], token_weight[kTile];
   SeqPart current;
   const auto finish = [&] {
@@ -111,9 +113,9 @@ void row_chunk(const ValueLossParams& p, const Sequences& seqs, int64_t begin, i
   };
   for_each_row_tile(p.layout, seqs, begin, end, [&](const RowTile& tile) {
     const bool single = tile.first_seq == tile.last_seq;
-    const bool tokens = p.reduction == Reduction::kNone || !single;
+    const bool per_sequence = !single && !counts_only, tokens = p.reduction == Reduction::kNone || per_sequence;
     const double loss_before = out.moments[kLoss], weight_before = out.moments[kWeight], tokens_before = out.moments[kTokens];
-    kernel.forward(p, tile.spec, low, high, out.moments, tokens ? token_loss : nullptr, single ? nullptr : token_weight);
+    kernel.forward(p, tile.spec, low, high, out.moments, tokens ? token_loss : nullptr, per_sequence ? token_weight : nullptr);
     if (p.reduction == Reduction::kNone) kernel.store_tokens(token_loss, p.tokens, tile.spec);
     if (single) {
       if (current.seq != tile.first_seq) {
@@ -126,6 +128,12 @@ void row_chunk(const ValueLossParams& p, const Sequences& seqs, int64_t begin, i
       return;
     }
     finish();
+    if (counts_only) {
+      int64_t count = seqs.packed() ? 0 : tile.spec.lines;
+      for (int64_t s = tile.first_seq; seqs.packed() && s <= tile.last_seq; ++s) count += seqs.length(s) > 0;
+      out.moments[kSequences] += double(count);
+      return;
+    }
     for (int64_t s = tile.first_seq; s <= tile.last_seq; ++s) {
       SeqPart part;
       part.seq = s;
