@@ -1,4 +1,4 @@
-"""Command line: python -m fused_critic info, python -m fused_critic check."""
+"""Command line: python -m fused_critic info, python -m fused_critic check, python -m fused_critic doctor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 from ._info import collect_info
 from .check import command
+from .integrations import _doctor
 
 
 def format_info(info: dict) -> str:
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     info.set_defaults(run=run_info)
 
     command.add_parser(commands)
+    _doctor.add_parser(commands)
 
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ContextManager, Optional
 
+_MISSING = object()
+
 
 @dataclass(frozen=True)
 class Replacement:
-    """`ours` takes the place of `target`, written "package.module:function" or "package.module:Class.method"."""
+    """`ours` takes the place of `target`, written "package.module:function" or "package.module:Class.method".
+
+    For a staticmethod or classmethod `ours` is the plain function (a classmethod's with its class as the first parameter).
+    """
 
     target: str
-    ours: Callable
+    ours: Callable[..., Any]
 
     @property
     def module(self) -> str:
@@ -29,14 +34,24 @@ class Replacement:
         return self.target.partition(":")[2].split(".")
 
     def holder(self) -> Any:
-        """The module or class that has the target as an attribute; None where it is missing. Imports the module."""
-        found: Any = importlib.import_module(self.module)
+        """The module or class that has the target as an attribute; None where the trainer has no such module or class. Imports the module."""
+        try:
+            found: Any = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or "." not in error.name or not f"{self.module}.".startswith(f"{error.name}."):
+                raise  # the trainer, or something that it needs, is not installed
+            return None
         for name in self.path[:-1]:
             found = getattr(found, name, None)
+            if not isinstance(found, type):
+                return None
         return found
 
-    def theirs(self) -> Optional[Callable]:
-        return getattr(self.holder(), self.path[-1], None)
+    def theirs(self) -> Optional[Callable[..., Any]]:
+        """What is at the target, as a plain function; None where nothing is."""
+        holder, name = self.holder(), self.path[-1]
+        found: Any = inspect.getattr_static(holder, name, None) if isinstance(holder, type) else getattr(holder, name, None)
+        return None if holder is None else _plain(found)
 
 
 @dataclass(frozen=True)
@@ -46,27 +61,42 @@ class Finding:
     target: str
     theirs: Optional[str]  # signature; None where the function is missing
     ours: str
+    fits: bool
     installed: bool
-
-    @property
-    def fits(self) -> bool:
-        return self.installed or self.theirs == self.ours
+    places: tuple[str, ...]  # what install() replaces: attributes of classes and imported modules, entries of registries
 
 
-@dataclass(frozen=True)
-class _Replaced:
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """An attribute of a class or module, or an entry of a registry, that holds a trainer's function."""
+
+    label: str
     namespace: Any  # a mapping, or a class
-    name: str
-    theirs: Any
-    ours: Callable
+    name: Any
+
+    def held(self) -> Any:
+        return (vars(self.namespace) if isinstance(self.namespace, type) else self.namespace).get(self.name, _MISSING)
+
+    def put(self, value: Any) -> None:
+        in_class = isinstance(self.namespace, type)
+        if value is _MISSING:  # an inherited method, or what a module's __getattr__ gives
+            delattr(self.namespace, self.name) if in_class else self.namespace.pop(self.name)
+        elif in_class:
+            setattr(self.namespace, self.name, value)
+        else:
+            self.namespace[self.name] = value
+
+
+@dataclass(frozen=True, eq=False)
+class _Replaced:
+    place: _Place
+    theirs: Any  # as it was stored there
+    ours: Any
 
     def undo(self) -> None:
         """What somebody else has assigned in the meantime stays."""
-        if isinstance(self.namespace, type):
-            if vars(self.namespace).get(self.name) is self.ours:
-                setattr(self.namespace, self.name, self.theirs)
-        elif self.namespace.get(self.name) is self.ours:
-            self.namespace[self.name] = self.theirs
+        if self.place.held() is self.ours:
+            self.place.put(self.theirs)
 
 
 class Adapter:
@@ -77,31 +107,44 @@ class Adapter:
     to call.
     """
 
-    def __init__(self, trainer: str, distribution: str, version: str, replacements: Sequence[Replacement] = (), registries: Sequence[str] = ()):
+    def __init__(
+        self, trainer: str, distribution: str, version: str, replacements: Sequence[Replacement] = (), registries: Sequence[str] = ()
+    ):
         self.trainer, self.distribution, self.version = trainer, distribution, version
         self.replacements, self.registries = tuple(replacements), tuple(registries)
-        self._replaced: list[_Replaced] = []
+        self._replaced: list[_Replaced] = []  # in the order of replacing
 
     def install(self) -> ContextManager[Any]:
         """Puts our functions into the trainer, which is imported if it is not yet.
 
         Replaced are the functions where they are defined, in the trainer's registries, and in every attribute of an imported module that
-        holds one of them (``from ... import ...``); not references kept elsewhere, in closures or instances. A second call finds nothing
-        left to do. If a function of the trainer has another signature than ours, a RuntimeError shows both, and nothing is replaced.
+        holds one of them (``from ... import ...``); methods in their class, so in existing instances and subclasses too. Not replaced are
+        references kept elsewhere, in closures or instances. A second call finds nothing left to do. If a function of the trainer has
+        another signature than ours, a RuntimeError shows both, and nothing is replaced.
 
         Returns a context manager whose exit undoes what this call did.
         """
-        pairs = [(replacement, replacement.theirs()) for replacement in self.replacements]
-        pairs = [(replacement, theirs) for replacement, theirs in pairs if theirs is not replacement.ours]
-        for replacement, theirs in pairs:
-            if theirs is None or signature_of(theirs) != signature_of(replacement.ours):
+        pairs = []
+        for replacement in self.replacements:
+            theirs = replacement.theirs()
+            if theirs is replacement.ours:
+                continue
+            if theirs is None or not _same_signature(theirs, replacement.ours):
                 raise RuntimeError(self._mismatch(replacement, theirs))
-        for replacement, theirs in pairs:
-            assert theirs is not None
-            self._replace(replacement, theirs)
+            pairs.append((replacement, theirs))
+        done: list[_Replaced] = []
+        try:
+            for replacement, theirs in pairs:
+                for place in self._places(replacement, theirs):
+                    replaced = _Replaced(place, place.held(), _like(_stored(place, replacement), replacement.ours))
+                    place.put(replaced.ours)
+                    done.append(replaced)
+                    self._replaced.append(replaced)
+        except BaseException:
+            self._undo(done)
+            raise
         undo = contextlib.ExitStack()
-        if pairs:
-            undo.callback(self.uninstall)
+        undo.callback(self._undo, done)
         return undo
 
     def uninstall(self) -> None:
@@ -109,25 +152,17 @@ class Adapter:
 
         What somebody else has assigned in the meantime stays.
         """
-        originals = [(replaced.theirs, replaced.ours) for replaced in self._replaced if not isinstance(replaced.namespace, type)]
-        while self._replaced:
-            self._replaced.pop().undo()
-        packages = {replacement.module.partition(".")[0] for replacement in self.replacements}
-        for namespace in [*self._registries(), *_modules(packages)]:
-            for name, held in list(namespace.items()):
-                for theirs, ours in originals:
-                    if held is ours:
-                        namespace[name] = theirs
+        self._undo(list(self._replaced))
 
     def examine(self) -> list[Finding]:
         """One finding per replacement; imports the trainer, changes nothing."""
         findings = []
         for replacement in self.replacements:
-            theirs = replacement.theirs()
-            theirs_signature = None if theirs is None else _written(signature_of(theirs))
-            findings.append(
-                Finding(replacement.target, theirs_signature, _written(signature_of(replacement.ours)), theirs is replacement.ours)
-            )
+            theirs, ours = replacement.theirs(), replacement.ours
+            installed = theirs is ours
+            fits = installed or theirs is not None and _same_signature(theirs, ours)
+            places = [] if theirs is None or installed else [place.label for place in self._places(replacement, theirs)]
+            findings.append(Finding(replacement.target, _written(theirs), str(_written(ours)), fits, installed, tuple(places)))
         return findings
 
     def installed_version(self) -> Optional[str]:
@@ -136,44 +171,88 @@ class Adapter:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    def _replace(self, replacement: Replacement, theirs: Callable) -> None:
-        name, ours, holder = replacement.path[-1], replacement.ours, replacement.holder()
-        if isinstance(holder, type):
-            # vars(): the attribute as it is stored, a staticmethod object for one.
-            self._replaced.append(_Replaced(holder, name, vars(holder).get(name, theirs), ours))
-            setattr(holder, name, ours)
-            return
-        for namespace in [*self._registries(), *_modules()]:
-            for key, held in list(namespace.items()):
-                if held is theirs:
-                    namespace[key] = ours
-                    self._replaced.append(_Replaced(namespace, key, theirs, ours))
+    def _undo(self, done: list[_Replaced]) -> None:
+        """Undoes these replacements, but those that have been undone already."""
+        undone = [replaced for replaced in self._replaced if replaced in done]
+        self._replaced = [replaced for replaced in self._replaced if replaced not in done]
+        for replaced in reversed(undone):
+            replaced.undo()
+        # Modules of the trainer imported since hold ours under their own names. They keep it as long as it is installed anywhere.
+        still_there = [replaced.ours for replaced in self._replaced]
+        newest = {
+            id(replaced.ours): replaced
+            for replaced in undone
+            if not isinstance(replaced.place.namespace, type) and not any(replaced.ours is ours for ours in still_there)
+        }
+        packages = {replacement.module.partition(".")[0] for replacement in self.replacements}
+        for _, namespace in [*self._registries(), *_modules(packages)] if newest else ():
+            for name, held in list(namespace.items()):
+                if id(held) in newest:
+                    namespace[name] = newest[id(held)].theirs
 
-    def _registries(self) -> Iterator[MutableMapping[str, Any]]:
+    def _places(self, replacement: Replacement, theirs: Callable[..., Any]) -> list[_Place]:
+        """Where `theirs` is to be replaced, first where it is defined."""
+        holder, name = replacement.holder(), replacement.path[-1]
+        in_class = isinstance(holder, type)
+        places = [_Place(replacement.target.replace(":", "."), holder if in_class else vars(holder), name)]
+        for label, namespace in [] if in_class else [*self._registries(), *_modules()]:
+            for key, held in list(namespace.items()):
+                if held is theirs and not (namespace is places[0].namespace and key == name):
+                    places.append(_Place(f"{label}[{key!r}]" if label in self.registries else f"{label}.{key}", namespace, key))
+        return places
+
+    def _registries(self) -> Iterator[tuple[str, MutableMapping[Any, Any]]]:
         for registry in self.registries:
             module, _, name = registry.partition(":")
-            yield getattr(sys.modules.get(module), name, {})
+            yield registry, getattr(sys.modules.get(module), name, {})  # a module that is imported later finds our functions
 
-    def _mismatch(self, replacement: Replacement, theirs: Optional[Callable]) -> str:
+    def _mismatch(self, replacement: Replacement, theirs: Optional[Callable[..., Any]]) -> str:
         return (
             f"{replacement.target} of the installed {self.trainer} (version {self.installed_version() or 'unknown'}) is not the function that "
             f"fused_critic replaces, that of version {self.version}:\n"
-            f"  {self.trainer}'s: {'missing' if theirs is None else inspect.signature(theirs)}\n"
-            f"  fused_critic's: {inspect.signature(replacement.ours)}"
+            f"  {self.trainer}'s: {_written(theirs) or 'missing'}\n"
+            f"  fused_critic's: {_written(replacement.ours)}"
         )
 
 
-def signature_of(function: Callable) -> list[tuple[str, Any, Any]]:
+def signature_of(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
     """What has to agree: names, kinds and defaults. Annotations may differ."""
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-def _written(parameters: list[tuple[str, Any, Any]]) -> str:
-    return str(inspect.Signature([inspect.Parameter(name, kind, default=default) for name, kind, default in parameters]))
+def _same_signature(theirs: Callable[..., Any], ours: Callable[..., Any]) -> bool:
+    try:
+        return signature_of(theirs) == signature_of(ours)
+    except (TypeError, ValueError):  # not a function, or one that tells no signature
+        return False
 
 
-def _modules(packages: Optional[set[str]] = None) -> Iterator[dict[str, Any]]:
-    """The attributes of every imported module (of these packages)."""
+def _written(function: Optional[Callable[..., Any]]) -> Optional[str]:
+    if function is None:
+        return None
+    try:
+        return str(inspect.signature(function))
+    except (TypeError, ValueError):
+        return f"no signature: {function!r}"
+
+
+def _plain(stored: Any) -> Optional[Callable[..., Any]]:
+    """The function in what a class stores for a method."""
+    return stored.__func__ if isinstance(stored, (staticmethod, classmethod)) else stored
+
+
+def _stored(place: _Place, replacement: Replacement) -> Any:
+    """What is at a place, an inherited method included."""
+    return inspect.getattr_static(place.namespace, place.name) if isinstance(place.namespace, type) else place.held()
+
+
+def _like(stored: Any, ours: Callable[..., Any]) -> Any:
+    """`ours` as what a class stores for a method of this kind."""
+    return type(stored)(ours) if isinstance(stored, (staticmethod, classmethod)) else ours
+
+
+def _modules(packages: Optional[set[str]] = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and attributes of every imported module (of these packages)."""
     for name, module in list(sys.modules.items()):
         if isinstance(module, types.ModuleType) and (packages is None or name.partition(".")[0] in packages):
-            yield vars(module)
+            yield name, vars(module)
