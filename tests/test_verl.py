@@ -345,7 +345,8 @@ def test_difference_float64_mask(verl):
 def installable(verl_root, monkeypatch):
     """A verl of empty packages around verl's own functions, and a module that has imported one of them."""
     functions = verl_wheel.functions()
-    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos", "verl.losses", "trainer_script"):
+    names = ["verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos", "verl.losses", "trainer_script"]
+    for name in [*names, "verl.workers", "verl.workers.utils", "verl.workers.utils.losses"]:
         module = types.ModuleType(name)
         module.__path__ = []
         monkeypatch.setitem(sys.modules, name, module)
@@ -354,6 +355,7 @@ def installable(verl_root, monkeypatch):
     core_algos.compute_gae_advantage_return = functions.compute_gae_advantage_return
     core_algos.ADV_ESTIMATOR_REGISTRY = {"gae": functions.compute_gae_advantage_return, "grpo": max}
     sys.modules["verl.losses"].compute_value_loss = functions.compute_value_loss
+    sys.modules["verl.workers.utils.losses"].value_loss = lambda config, model_output, data, dp_group=None: None
     sys.modules["trainer_script"].value_loss = functions.compute_value_loss
     yield core_algos
     fused_verl.uninstall()

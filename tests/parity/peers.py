@@ -21,6 +21,8 @@ VERSIONS = {
     "stable_baselines3": "2.9.2",
     "torchrl": "0.14.1",
     "verl": verl_wheel.VERSION,
+    "openrlhf": "0.11.2",
+    "areal": "1.0.4",
 }
 
 
