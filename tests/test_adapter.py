@@ -117,6 +117,32 @@ def test_everything_is_replaced_and_put_back(core):
     assert state() == before
 
 
+def test_registries(core):
+    """A module's, a class's, and ones that the trainer does not have."""
+    core.Maker.functions = {"first": core.loss}
+    registries = [f"trainer.core:{name}" for name in ("Maker.functions", "ESTIMATORS", "GONE", "Gone.functions")] + [
+        "trainer.gone:FUNCTIONS"
+    ]
+    adapter = Adapter("Trainer", "no-such-distribution", "1.2", [Replacement("trainer.core:loss", our_loss)], registries)
+    theirs = core.loss
+    assert {"trainer.core:Maker.functions['first']", "trainer.core:ESTIMATORS['other']"} < set(adapter.examine()[0].places)
+    with adapter.install():
+        assert core.Maker.functions["first"] is core.ESTIMATORS["other"] is our_loss
+    assert core.Maker.functions["first"] is core.ESTIMATORS["other"] is theirs
+
+
+def test_one_function_for_several_targets(core):
+    """Of which each gets its own back."""
+    core.same = lambda values, returns, clip=0.2: "the same"
+    before = state()
+    adapter = Adapter(
+        "Trainer", "no-such-distribution", "1.2", [Replacement(f"trainer.core:{name}", our_loss) for name in ("loss", "same")]
+    )
+    with adapter.install():
+        assert core.loss is core.same is our_loss
+    assert state() == before
+
+
 def test_a_second_install_changes_nothing(core):
     before = state()
     adapter = adapter_of()

@@ -103,8 +103,8 @@ class Adapter:
     """install(), uninstall() and examine() of one trainer.
 
     `distribution`: its name on PyPI; `version`: the one whose signatures `replacements` have; `registries`: mappings of the trainer that
-    hold functions by name, written "package.module:ATTRIBUTE". A trainer whose code is its users' own has no replacements, only functions
-    to call.
+    hold functions by name, written "package.module:ATTRIBUTE" or "package.module:Class.attribute". A trainer whose code is its users' own
+    has no replacements, only functions to call.
     """
 
     def __init__(
@@ -203,8 +203,12 @@ class Adapter:
 
     def _registries(self) -> Iterator[tuple[str, MutableMapping[Any, Any]]]:
         for registry in self.registries:
-            module, _, name = registry.partition(":")
-            yield registry, getattr(sys.modules.get(module), name, {})  # a module that is imported later finds our functions
+            module, _, path = registry.partition(":")
+            found: Any = sys.modules.get(module)  # one that is imported later finds our functions
+            for name in path.split("."):
+                found = getattr(found, name, None)
+            if found is not None:
+                yield registry, found
 
     def _mismatch(self, replacement: Replacement, theirs: Optional[Callable[..., Any]]) -> str:
         return (
