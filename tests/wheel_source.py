@@ -1,4 +1,4 @@
-"""Functions of a package that need not be importable: its wheel is found or downloaded, unpacked, and the functions taken out of the source.
+"""Functions of a package that need not be importable: its wheel is found or downloaded, unpacked, and they are taken out of the source.
 
 What the functions use of their module is handed in as their scope, so the package's own dependencies are not needed.
 """
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 DOWNLOAD_TIMEOUT = 120  # seconds
@@ -89,3 +89,31 @@ def execute(path: Path, names: list[str], **scope: Any) -> SimpleNamespace:
     tree.body = [future, *chosen]
     exec(compile(ast.fix_missing_locations(tree), str(path), "exec"), scope)
     return SimpleNamespace(**{node.name: scope[node.name] for node in chosen})
+
+
+def statements(path: Path, function: str, first: str, last: str) -> CodeType:
+    """A part of a function ("Class.method" or "function"), for exec(): of the block (a body of statements, however deep) that assigns both
+    names, the statements from the first that assigns `first` to the last that assigns `last`."""
+    body = ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body
+    for name in function.split("."):
+        body = next((node.body for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name), [])
+    for block in _blocks(body):
+        begins = [i for i, node in enumerate(block) if first in _assigned(node)]
+        ends = [i for i, node in enumerate(block) if last in _assigned(node)]
+        if begins and ends and begins[0] <= ends[-1]:
+            module = ast.Module(body=block[begins[0] : ends[-1] + 1], type_ignores=[])
+            return compile(module, str(path), "exec")
+    raise Unavailable(f"{path}: no block of {function} assigns {first} and then {last}")
+
+
+def _blocks(body: list[ast.stmt]):
+    """The body, and every body within it."""
+    yield body
+    for node in body:
+        for field in ("body", "orelse", "finalbody"):
+            yield from _blocks(getattr(node, field, []))
+
+
+def _assigned(node: ast.stmt) -> set[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trl_wheel
 import verl_wheel
 import wheel_source
 
@@ -20,6 +21,8 @@ VERSIONS = {
     "skrl": "2.1.1",
     "stable_baselines3": "2.9.2",
     "torchrl": "0.14.1",
+    "skyrl": "0.3.0",
+    "trl": trl_wheel.VERSION,
     "verl": verl_wheel.VERSION,
     "openrlhf": "0.11.2",
     "areal": "1.0.4",
