@@ -14,7 +14,7 @@ PIP = $(BIN)/python -m pip
 BUILD_INPUTS = setup.py build_config.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
 .DEFAULT_GOAL = help
-.PHONY: help test test-cuda demo bench docs clean
+.PHONY: help test test-trainers test-cuda demo bench docs clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -23,6 +23,9 @@ help:  ## this list
 
 test: $(VENV)/.built-test  ## set up and run the whole test suite (PYTEST_ARGS are passed on)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-trainers: $(VENV)/.built-trainers  ## set up and run the real trainers, with their own critic and with ours
+	$(BIN)/python -m pytest tests/trainers $(PYTEST_ARGS)
 
 # On a CUDA build of torch without its CUDA libraries; tests/fakecuda stands in for the CUDA runtime. Needs nvcc. The audit of the kernels
 # wants every architecture, PTX for the simulated cards, and what ptxas says.
@@ -77,11 +80,11 @@ $(VENV)/.torch:
 	$(PIP) install --quiet --upgrade pip "setuptools>=77.0.3" wheel ninja
 	@echo "installing $(TORCH)"
 	$(PIP) install --quiet "$(TORCH)" numpy
-	@touch $@
+	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >$@
 
-# fused_critic with one group of extras.
+# fused_critic with one group of extras. The stamp of torch holds its version, which no dependency of the extras may change.
 $(VENV)/.built-%: $(VENV)/.torch $(BUILD_INPUTS)
 	@echo "building fused_critic"
-	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
+	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable ".[$*]"
 	$(BIN)/python -m fused_critic info
 	@touch $@

@@ -1,10 +1,13 @@
 """Tests are written once and run on every device there is: cpu, and cuda where torch finds one (--devices selects)."""
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
 
 collect_ignore = ["fakecuda"]  # tests of a tool, which have their own command
+TRAINERS = Path(__file__).parent / "trainers"  # long, and in need of the trainers themselves: only where the command line names them
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
@@ -16,6 +19,13 @@ def pytest_addoption(parser):
     parser.addoption("--devices", default=None, help="comma-separated devices to test (default: cpu, and cuda if torch finds one)")
     parser.addoption("--quick", action="store_true", help="fewer examples in the property tests")
     parser.addoption("--write-parity", action="store_true", help="write the table of docs/parity.md (a run of all of tests/parity)")
+
+
+def pytest_ignore_collect(collection_path, config):
+    named = (Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args)
+    if collection_path == TRAINERS and not any(path.is_relative_to(TRAINERS) for path in named):
+        return True
+    return None
 
 
 def pytest_configure(config):

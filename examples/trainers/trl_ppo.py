@@ -1,0 +1,203 @@
+"""TRL's PPO (1.9.0) in miniature, trained twice from the same seed: with TRL's own critic lines, and with fused_critic.
+
+A small transformer reads a number and has to answer with as many x, then <eos>. The loop is that of trl.experimental.ppo: a KL penalty
+against the first policy in the rewards, the score at the end, the padding masks `padding_mask` and `padding_mask_p1`, epochs of shuffled
+minibatches, TRL's default coefficients. GAE with its whitening and the clipped value loss are, in one run, TRL's statements, compiled
+from the source in its wheel (which pip downloads at the first time), and in the other run fused_critic.integrations.trl. The two runs
+take their steps in turn, so that what else happens on the machine slows both of them.
+
+    python examples/trainers/trl_ppo.py [--steps N] [--seed N] [--quick] [--plot PATH]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from fused_critic.integrations import trl as fused_trl
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
+import trl_wheel  # noqa: E402
+import wheel_source  # noqa: E402
+from _report import Run, arguments, compare  # noqa: E402
+from ppo_lm import Block  # noqa: E402
+
+PAD, EOS, X, SEP = range(4)
+LEAST, MOST = 2, 8  # x to write; the number n is the token SEP + n
+VOCAB, CONTEXT = SEP + MOST + 1, 2  # number, SEP
+
+# TRL's defaults, apart from the learning rate.
+EPOCHS, VF_COEF, CLIP, VALUE_CLIP, GAMMA, LAM, KL_COEF = 4, 0.1, 0.2, 0.2, 1.0, 0.95, 0.05
+MINIBATCHES, LEARNING_RATE, MISSING_EOS_PENALTY = 2, 3e-3, 1.0
+
+
+class Size(NamedTuple):
+    responses: int  # per step
+    length: int  # tokens of a response at most
+    dim: int
+
+
+FULL, QUICK = Size(64, 32, 32), Size(16, 16, 16)
+
+
+# ---- the critic's two implementations ----------------------------------------------------------------------------------------------
+
+
+class Critic(Protocol):
+    def advantages_and_returns(
+        self, rewards: Tensor, values: Tensor, padding_mask: Tensor, gamma: float, lam: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def value_loss(
+        self,
+        vpred_temp: Tensor,
+        context_length: int,
+        mb_values: Tensor,
+        mb_return: Tensor,
+        padding_mask_p1: Tensor,
+        cliprange_value: float,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class FusedCritic:
+    advantages_and_returns = staticmethod(fused_trl.advantages_and_returns)
+
+    def value_loss(self, vpred_temp, context_length, mb_values, mb_return, padding_mask_p1, cliprange_value):
+        vpred = vpred_temp[:, context_length - 1 : -1].squeeze(-1)
+        return fused_trl.value_loss(vpred, mb_values, mb_return, padding_mask_p1, cliprange_value)
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """Causal: the policy with one output per token of the vocabulary, the value model with a single one."""
+
+    def __init__(self, outputs: int, size: Size):
+        super().__init__()
+        self.token, self.position = nn.Embedding(VOCAB, size.dim), nn.Embedding(CONTEXT + size.length, size.dim)
+        self.blocks = nn.ModuleList(Block(size.dim, heads=2) for _ in range(2))
+        self.head = nn.Sequential(nn.LayerNorm(size.dim), nn.Linear(size.dim, outputs))
+        nn.init.normal_(self.head[1].weight, std=0.01)
+
+    def forward(self, tokens: Tensor, cache: list | None = None) -> Tensor:
+        """[B, L] -> [B, L, outputs]. With a cache, tokens continue those that filled it."""
+        cache = [None] * len(self.blocks) if cache is None else cache
+        start = 0 if cache[0] is None else cache[0].shape[3]
+        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
+        for i, block in enumerate(self.blocks):
+            x, cache[i] = block(x, cache[i])
+        return self.head(x)
+
+
+# ---- PPO as TRL has it -------------------------------------------------------------------------------------------------------------
+
+
+def chosen_logprobs(logits: Tensor, responses: Tensor) -> Tensor:
+    """Of the tokens that were sampled, from the logits of the whole sequence."""
+    return logits[:, CONTEXT - 1 : -1].log_softmax(-1).gather(2, responses[..., None]).squeeze(-1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+class Trainer:
+    def __init__(self, critic: Critic, size: Size, seed: int):
+        torch.manual_seed(seed)
+        self.critic, self.size = critic, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.policy, self.reference, self.value_model = (Transformer(outputs, size) for outputs in (VOCAB, VOCAB, 1))
+        self.reference.load_state_dict(self.policy.state_dict())
+        self.optimizer = torch.optim.Adam([*self.policy.parameters(), *self.value_model.parameters()], lr=LEARNING_RATE)
+        self.critic_seconds = 0.0
+        self.run = Run(curve=[], seconds_per_step=[], critic_seconds_per_step=[])
+
+    def step(self) -> None:
+        start, self.critic_seconds = time.perf_counter(), 0.0
+        score = self.update(*self.sample())
+        self.run.seconds_per_step.append(time.perf_counter() - start)
+        self.run.critic_seconds_per_step.append(self.critic_seconds)
+        self.run.curve.append(score)
+
+    @torch.no_grad()
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Sequences [B, CONTEXT + T], padded behind <eos>, and the numbers in their contexts [B]."""
+        number = torch.randint(LEAST, MOST + 1, (self.size.responses,), generator=self.generator)
+        tokens, cache = [torch.stack([number + SEP, torch.full_like(number, SEP)], dim=1)], [None, None]
+        alive = torch.ones(self.size.responses, dtype=torch.bool)
+        for _ in range(self.size.length):
+            probabilities = self.policy(tokens[-1], cache)[:, -1].softmax(-1)
+            token = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+            tokens.append(torch.where(alive, token, PAD)[:, None])
+            alive &= (token != EOS) & (token != PAD)
+        return torch.cat(tokens, dim=1), number
+
+    def update(self, query_responses: Tensor, number: Tensor) -> float:
+        """One PPO step. Returns the mean score."""
+        responses = query_responses[:, CONTEXT:]
+        with torch.no_grad():
+            logprobs, ref_logprobs = (chosen_logprobs(model(query_responses), responses) for model in (self.policy, self.reference))
+            values = self.value_model(query_responses)[:, CONTEXT - 1 : -1].squeeze(-1)
+
+        count, ended = (responses == X).sum(1), (responses == EOS).any(1)
+        scores = 1 - ((count - number).abs() / number).clamp(max=1) - MISSING_EOS_PENALTY * ~ended
+        last = (responses != PAD).sum(1, keepdim=True) - 1
+        position = torch.arange(self.size.length)
+        padding_mask, padding_mask_p1 = position > last, position > last + 1
+        values = values.masked_fill(padding_mask_p1, 0)
+        rewards = (KL_COEF * (ref_logprobs - logprobs)).masked_fill(padding_mask, 0)
+        rewards.scatter_add_(1, (last + 1).clamp(max=self.size.length - 1), scores[:, None])
+
+        start = time.perf_counter()
+        with torch.no_grad():
+            advantages, returns = self.critic.advantages_and_returns(rewards, values, padding_mask, GAMMA, LAM)
+        self.critic_seconds += time.perf_counter() - start
+
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(responses), generator=self.generator).chunk(MINIBATCHES):
+                ratio = (chosen_logprobs(self.policy(query_responses[rows]), responses[rows]) - logprobs[rows]).exp()
+                gain = torch.minimum(ratio * advantages[rows], ratio.clamp(1 - CLIP, 1 + CLIP) * advantages[rows])
+                pg_loss = -masked_mean(gain, ~padding_mask[rows])
+                vpred_temp = self.value_model(query_responses[rows])
+                vpred_gradient = self.value_gradient(vpred_temp, values[rows], returns[rows], padding_mask_p1[rows])
+                self.optimizer.zero_grad()
+                torch.autograd.backward([pg_loss, vpred_temp], [None, vpred_gradient])
+                self.optimizer.step()
+        return scores.mean().item()
+
+    def value_gradient(self, vpred_temp: Tensor, mb_values: Tensor, mb_return: Tensor, padding_mask_p1: Tensor) -> Tensor:
+        """The gradient of VF_COEF * value loss in the value model's outputs: taken by itself, so that its time can be."""
+        leaf = vpred_temp.detach().requires_grad_()
+        start = time.perf_counter()
+        vf_loss, _ = self.critic.value_loss(leaf, CONTEXT, mb_values, mb_return, padding_mask_p1, VALUE_CLIP)
+        (gradient,) = torch.autograd.grad(VF_COEF * vf_loss, leaf)
+        self.critic_seconds += time.perf_counter() - start
+        return gradient
+
+
+def main() -> None:
+    args = arguments(__doc__, steps=60, quick_steps=5, plot="trl_ppo.png")
+    try:
+        theirs = trl_wheel.Critic()
+    except wheel_source.Unavailable as reason:
+        sys.exit(f"TRL {trl_wheel.VERSION}'s own lines are not to be had: {reason}")
+    size = QUICK if args.quick else FULL
+    trainers = [Trainer(critic, size, args.seed) for critic in (theirs, FusedCritic())]
+    progress = tqdm(range(args.steps), unit="step", dynamic_ncols=True)
+    for _ in progress:
+        for trainer in trainers:
+            trainer.step()
+        progress.set_postfix_str(" and ".join(f"{trainer.run.curve[-1]:.4f}" for trainer in trainers))
+    title = f"PPO as in TRL {trl_wheel.VERSION}: {size.responses} responses of up to {size.length} tokens"
+    compare(title, trainers[1].run, trainers[0].run, trainer="TRL's lines", quantity="mean score", path=args.plot)
+
+
+if __name__ == "__main__":
+    main()
