@@ -46,7 +46,7 @@ class Size(NamedTuple):
     dim: int
 
 
-FULL, QUICK = Size(128, 32, 32), Size(16, 16, 16)
+FULL, QUICK = Size(64, 32, 32), Size(16, 16, 16)
 
 
 # ---- the critic's two implementations ----------------------------------------------------------------------------------------------
