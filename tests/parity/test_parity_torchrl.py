@@ -636,9 +636,10 @@ def test_gae_refuses_other_versions(installable, monkeypatch):
 
 
 def test_importing_the_integration_imports_no_torchrl(monkeypatch):
-    for name in ["torchrl", "tensordict", *sys.modules]:
-        if name.partition(".")[0] in ("torchrl", "tensordict"):
-            monkeypatch.setitem(sys.modules, name, None)  # importing it raises
+    for package in ("torchrl", "tensordict"):
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises
     spec = importlib.util.spec_from_file_location("fused_critic.integrations.torchrl_again", fused_torchrl.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -39,7 +39,8 @@ class Replacement:
             found: Any = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             if error.name is None or "." not in error.name or not f"{self.module}.".startswith(f"{error.name}."):
-                raise  # the trainer, or something that it needs, is not installed
+                raise  # something that the trainer needs is not installed
+            importlib.import_module(self.module.partition(".")[0])  # nor may the trainer itself be
             return None
         for name in self.path[:-1]:
             found = getattr(found, name, None)
