@@ -14,7 +14,7 @@ PIP = $(BIN)/python -m pip
 BUILD_INPUTS = setup.py build_config.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
 .DEFAULT_GOAL = help
-.PHONY: help test test-trainers test-cuda demo bench docs clean
+.PHONY: help test test-trainers test-cuda lint wheel check-wheel demo bench docs clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -54,6 +54,30 @@ $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(BUILD_INPUTS) $(shell find python -na
 	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall $(CUDA_BUILD)/*.whl
 	@touch $@
 
+lint: $(VENV)/.tools-lint  ## set up and run ruff and mypy; nothing is compiled
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Both are made from this folder, so that the wheel reuses the objects in build/. torch's libraries and the CUDA runtime, which torch brings, stay
+# outside of the wheel. The platform tag is the oldest glibc that the library runs on: of the compiler and the libc that are used here.
+wheel: $(VENV)/.tools-packaging  ## set up, build sdist and wheel into dist/, audit and check them
+	rm -rf dist build/dist build/lib.* build/bdist.*
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir dist \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+	@ls -l dist
+
+check-wheel: wheel  ## install the wheel of dist/ beside torch in a fresh environment, and check it there
+	rm -rf build/wheel-venv
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --upgrade pip
+	build/wheel-venv/bin/python -m pip install --quiet "$(TORCH)" numpy dist/*.whl
+	build/wheel-venv/bin/python -m pip check
+	cd build && wheel-venv/bin/python -m fused_critic check --quick --report wheel-check.json
+
 demo: $(VENV)/.built-examples  ## set up and train both examples: PPO on a token-level task, PPO on CartPole
 	$(BIN)/python examples/ppo_lm.py
 	$(BIN)/python examples/ppo_cartpole.py
@@ -81,6 +105,11 @@ $(VENV)/.torch:
 	@echo "installing $(TORCH)"
 	$(PIP) install --quiet "$(TORCH)" numpy
 	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >$@
+
+# The tools of one dependency group.
+$(VENV)/.tools-%: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --group $*
+	@touch $@
 
 # fused_critic with one group of extras. The stamp of torch holds its version, which no dependency of the extras may change.
 $(VENV)/.built-%: $(VENV)/.torch $(BUILD_INPUTS)

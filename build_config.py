@@ -191,5 +191,34 @@ def find_sources(root: Path, cuda: bool) -> list[str]:
 
 
 def project_version(root: Path) -> str:
-    """`version` of pyproject.toml, where it is written once for Python, C++ and CMake."""
+    """The public version: `version` of [tool.fused-critic] in pyproject.toml, where it is written once for Python, C++ and CMake."""
     return re.search(r'^version = "([^"]+)"', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+
+def wheel_version(version: str, torch_version: str, torch_cuda: str | None) -> str:
+    """`version` with what the library is built for as its local version: 0.1.0+torch2.13.cpu, 0.1.0+torch2.14.cu130.
+
+    `torch_cuda` is the CUDA version of torch, None for a library without CUDA. The minor version of torch is a segment of its own, since only
+    a segment of digits alone is compared as a number (PEP 440): torch 2.9 comes before 2.13.
+    """
+    major, minor = release(torch_version)[:2]
+    return f"{version}+torch{major}.{minor}.{'cu' + torch_cuda.replace('.', '') if torch_cuda else 'cpu'}"
+
+
+def has_local_version(arguments: Sequence[str]) -> bool:
+    """Whether the command line of setup.py builds a wheel to be handed on, whose name has to say what it was built for.
+
+    Nothing else gets the local version: not the sdist, not an editable install, and no wheel whose metadata was announced before. pip always
+    asks for that first, and would refuse an sdist 0.1.0 that turns into 0.1.0+torch2.13.cpu.
+    """
+    return "bdist_wheel" in arguments and "--dist-info-dir" not in arguments
+
+
+def torch_requirement(torch_version: str | None) -> str:
+    """What is needed at run time: of the sources (None) every supported torch, of a built library the minor version it was compiled against.
+
+    A minor version changes the C++ interface, a patch release does not. The prefix match takes pre-releases and local versions too.
+    """
+    if torch_version is None:
+        return f"torch>={'.'.join(map(str, MINIMUM_TORCH))}"
+    return f"torch=={'.'.join(map(str, release(torch_version)[:2]))}.*"

@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import build_config  # noqa: E402
 
-COMMANDS_WITHOUT_TORCH = {"egg_info", "sdist", "clean"}
+# The others, sdist and egg_info above all, work without torch; and the requirements of the sdist are not those of one build.
+COMMANDS_WITH_TORCH = {"bdist", "bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
 
 
 def say(line):
@@ -60,13 +61,20 @@ def c_literal(value):
     return "nullptr" if value is None else '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def native_extension(version):
-    """Arguments of setup() for the extension: ext_modules and cmdclass."""
+def arguments_without_extension(version):
+    """Arguments of setup() for what needs no torch: the sdist."""
+    return {"version": version, "install_requires": [build_config.torch_requirement(None)]}
+
+
+def arguments_with_extension(version):
+    """Arguments of setup() for a built package."""
     torch = import_torch()
     from torch.utils import cpp_extension
 
     toolkit = build_config.probe_toolkit(cpp_extension.CUDA_HOME) if torch.version.cuda else None
     decision = build_config.decide_cuda(os.environ.get(build_config.CUDA_SWITCH), torch.__version__, torch.version.cuda, toolkit)
+    if build_config.has_local_version(sys.argv[1:]):
+        version = build_config.wheel_version(version, torch.__version__, torch.version.cuda if decision.cuda else None)
     site_packages = [Path(torch.__file__).parents[1], Path(sysconfig.get_path("platlib"))]
     variant = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}-{'cuda' if decision.cuda else 'cpu'}"
     scratch = ROOT / "build" / variant
@@ -132,16 +140,20 @@ def native_extension(version):
         extra_compile_args=compile_args,
     )
     extension.include_dirs += include_dirs  # after torch's and the toolkit's own
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {
+        "version": version,
+        "install_requires": [build_config.torch_requirement(torch.__version__)],
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
 
 
 def main():
     if build_config.release(setuptools.__version__) < build_config.MINIMUM_SETUPTOOLS:
         needed = ".".join(map(str, build_config.MINIMUM_SETUPTOOLS))
         raise build_config.BuildError(f"setuptools >= {needed} is needed, {setuptools.__version__} is installed: pip install -U setuptools")
-    needs_torch = any(argument[0] != "-" and argument not in COMMANDS_WITHOUT_TORCH for argument in sys.argv[1:])
-    version = build_config.project_version(ROOT)
-    setuptools.setup(**(native_extension(version) if needs_torch else {}))
+    arguments = arguments_without_extension if COMMANDS_WITH_TORCH.isdisjoint(sys.argv[1:]) else arguments_with_extension
+    setuptools.setup(**arguments(build_config.project_version(ROOT)))
 
 
 try:

@@ -30,11 +30,11 @@ SOLVED, EVALUATION_EPISODES = 475.0, 100
 
 
 def mlp(outputs: int, gain: float) -> nn.Sequential:
-    layers = [nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    for layer in layers[::2]:
+    layers = [nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+    for layer in layers:
         nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 def make_envs(n: int) -> gym.vector.VectorEnv:
@@ -88,7 +88,7 @@ class Collector:
         return Rollout(observations, actions, log_probs, values, rewards, terminated, truncated, next_values)
 
 
-def update(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, rollout: Rollout):
+def update(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, rollout: Rollout) -> fused_critic.ValueLossStats:
     """One PPO step on a rollout. Returns the value loss's statistics over the first epoch."""
     # An episode can be cut off anywhere in the rollout, so `truncated` needs the value of the state in which that happened: the
     # next row of `values` belongs to the next episode. The last row's next_values bootstrap the episodes that go on.
@@ -105,7 +105,7 @@ def update(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer
     )
 
     data = [x.flatten(0, 1) for x in (*rollout[:4], advantages, returns)]
-    stats = None
+    stats: fused_critic.ValueLossStats | None = None
     for epoch in range(EPOCHS):
         for rows in torch.randperm(ENVS * HORIZON, device=returns.device).chunk(MINIBATCHES):
             observations, actions, old_log_probs, old_values, advantage, target = (x[rows] for x in data)
@@ -122,6 +122,7 @@ def update(actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer
             optimizer.step()
             if epoch == 0:  # later epochs see returns that the critic was already fitted to
                 stats = batch_stats if stats is None else stats + batch_stats
+    assert stats is not None
     return stats
 
 
@@ -168,7 +169,7 @@ def plot(path: Path, episode_returns: list[float], stats: list[dict[str, float]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=100, help=f"PPO steps, each on {ENVS * HORIZON} transitions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -14,8 +14,9 @@ import functools
 import operator
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fused_critic
 import torch
@@ -66,9 +67,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, *kv = self.qkv(self.norm1(x)).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
-        kv = torch.stack(kv) if past is None else torch.cat([past, torch.stack(kv)], dim=3)
-        attended = F.scaled_dot_product_attention(q, *kv, is_causal=past is None)  # with a past: one query that sees everything
+        q, *new = self.qkv(self.norm1(x)).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+        kv = torch.stack(new) if past is None else torch.cat([past, torch.stack(new)], dim=3)
+        attended = F.scaled_dot_product_attention(q, kv[0], kv[1], is_causal=past is None)  # with a past: one query that sees everything
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), kv
 
@@ -80,23 +81,27 @@ class Transformer(nn.Module):
         super().__init__()
         self.token, self.position = nn.Embedding(VOCAB, dim), nn.Embedding(PROMPT_LEN + MAX_RESPONSE, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, outputs))
-        nn.init.normal_(self.head[1].weight, std=0.01)  # start with a uniform policy and values near 0
-        nn.init.zeros_(self.head[1].bias)
+        last = nn.Linear(dim, outputs)
+        nn.init.normal_(last.weight, std=0.01)  # start with a uniform policy and values near 0
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.LayerNorm(dim), last)
 
     def forward(self, tokens: Tensor, cache: list[Tensor | None] | None = None) -> Tensor:
         """tokens [B, L] -> [B, L, outputs]. With a cache, tokens continue those that it was filled with; it is extended in place."""
         cache = [None] * len(self.blocks) if cache is None else cache
-        start = 0 if cache[0] is None else cache[0].shape[3]
-        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
+        past = cache[0]
+        start = 0 if past is None else past.shape[3]
+        x: Tensor = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
             x, cache[i] = block(x, cache[i])
-        return self.head(x)
+        outputs: Tensor = self.head(x)
+        return outputs
 
 
 def on_responses(model: Transformer, tokens: Tensor) -> Tensor:
     """The model's outputs at the positions from which the response's tokens are predicted, [B, T, outputs]."""
-    return model(tokens[:, :-1])[:, PROMPT_LEN - 1 :]
+    outputs: Tensor = model(tokens[:, :-1])
+    return outputs[:, PROMPT_LEN - 1 :]
 
 
 # ---- PPO -------------------------------------------------------------------------------------------------------------
@@ -113,29 +118,34 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def sample(actor: Transformer, critic: Transformer, n: int, device: torch.device) -> Rollout:
     prompts, targets = (x.to(device) for x in sample_prompts(n))
-    tokens, cache, log_probs, mask = [prompts], [None] * len(actor.blocks), [], []
+    written, log_probs = [prompts], []
+    mask: list[Tensor] = []
+    cache: list[Tensor | None] = [None] * len(actor.blocks)
     alive = torch.ones(n, dtype=torch.bool, device=device)
     while len(mask) < MAX_RESPONSE and alive.any():
-        policy = torch.distributions.Categorical(logits=actor(tokens[-1], cache)[:, -1])
+        policy = torch.distributions.Categorical(logits=actor(written[-1], cache)[:, -1])
         token = policy.sample()
         mask.append(alive)
         log_probs.append(policy.log_prob(token))
-        tokens.append(torch.where(alive, token, PAD)[:, None])
+        written.append(torch.where(alive, token, PAD)[:, None])
         alive = alive & (token != EOS)
-    tokens, log_probs, mask = torch.cat(tokens, dim=1), torch.stack(log_probs, dim=1), torch.stack(mask, dim=1)
+    tokens = torch.cat(written, dim=1)
     values, rewards = on_responses(critic, tokens).squeeze(-1), score(tokens[:, PROMPT_LEN:], targets)
-    return Rollout(tokens, mask, log_probs, values, rewards)
+    return Rollout(tokens, torch.stack(mask, dim=1), torch.stack(log_probs, dim=1), values, rewards)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
-def update(actor: Transformer, critic: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollout):
+def update(
+    actor: Transformer, critic: Transformer, optimizer: torch.optim.Optimizer, rollout: Rollout
+) -> tuple[fused_critic.ValueLossStats, Tensor]:
     """One PPO step on a rollout. Returns the value loss's statistics over the first epoch and the policy's mean entropy."""
     advantages, returns = fused_critic.gae(rollout.rewards, rollout.values, rollout.mask, gamma=GAMMA, lam=LAM, whiten=True)
 
-    stats, entropies = None, []
+    stats: fused_critic.ValueLossStats | None = None
+    entropies = []
     for epoch in range(EPOCHS):
         for rows in torch.randperm(len(returns), device=returns.device).chunk(MINIBATCHES):
             tokens, mask, old_log_probs, old_values, _ = (x[rows] for x in rollout)
@@ -159,6 +169,7 @@ def update(actor: Transformer, critic: Transformer, optimizer: torch.optim.Optim
             entropies.append(entropy.detach())
             if epoch == 0:  # later epochs see returns that the critic was already fitted to
                 stats = batch_stats if stats is None else stats + batch_stats
+    assert stats is not None
     return stats, torch.stack(entropies).mean()
 
 
@@ -168,7 +179,9 @@ def update(actor: Transformer, critic: Transformer, optimizer: torch.optim.Optim
 def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """GAE and whitening by the formulas that verl uses, in eager PyTorch: a loop over the tokens that carries state over masked ones."""
     mask = mask.to(values.dtype)
-    advantage, next_value, reversed_advantages = 0.0, 0.0, []
+    advantage: Tensor | float = 0.0
+    next_value: Tensor | float = 0.0
+    reversed_advantages = []
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + GAMMA * next_value - values[:, t]
         step = delta + GAMMA * LAM * advantage
@@ -200,21 +213,21 @@ class Cost(NamedTuple):
     share: float = 0.0  # of the step's time
 
 
-def critic_cost(rollout: Rollout, gae, value_loss) -> Cost:
-    def advantages_and_returns():
+def critic_cost(rollout: Rollout, gae: Callable[..., tuple[Tensor, Tensor]], value_loss: Callable[..., Any]) -> Cost:
+    def advantages_and_returns() -> tuple[Tensor, Tensor]:
         return gae(rollout.rewards, rollout.values, rollout.mask)
 
     rows = slice(0, len(rollout.values) // MINIBATCHES)
     values = rollout.values[rows].clone().requires_grad_()
     data = (rollout.values[rows], advantages_and_returns()[1][rows], rollout.mask[rows])
 
-    def forward_backward():
+    def forward_backward() -> None:
         values.grad = None
         value_loss(values, *data)[0].backward()
 
-    def median_seconds(function) -> float:
+    def median_seconds(function: Callable[[], Any]) -> float:
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.5).median
+        return float(timer.blocked_autorange(min_run_time=0.5).median)
 
     return Cost(median_seconds(advantages_and_returns), EPOCHS * MINIBATCHES * median_seconds(forward_backward))
 
@@ -265,7 +278,7 @@ def plot(path: Path, rewards: list[float], explained: list[float], costs: dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--max-seconds", type=float, default=150, help="stop training after so long, whatever --steps says")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,7 +317,8 @@ def main() -> None:
     costs = compare_costs(rollout, step_seconds)
     plot(args.plot, rewards, explained, costs)
 
-    def explained_variance(stats) -> float:  # statistics merge exactly: this is the figure for all tokens of these steps
+    def explained_variance(stats: list[fused_critic.ValueLossStats]) -> float:
+        # Statistics merge exactly: this is the figure for all tokens of these steps
         return functools.reduce(operator.add, stats).to_dict()["explained_variance"]
 
     first, last = slice(None, SUMMARY_STEPS), slice(-SUMMARY_STEPS, None)

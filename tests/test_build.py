@@ -227,9 +227,9 @@ def test_setup_without_torch_says_what_to_do(torchless_python):
 
 
 def test_the_version_is_written_once():
-    version = build_config.project_version(ROOT)
-    assert fused_critic._C.build_info()["version"] == version
-    assert importlib.metadata.version("fused-critic") == version
+    version = fused_critic.__version__
+    assert version == fused_critic._C.build_info()["version"] == importlib.metadata.version("fused-critic")
+    assert version.partition("+")[0] == build_config.project_version(ROOT)  # what follows the + says what it was built for
 
 
 def test_build_info_is_about_this_build():
@@ -264,13 +264,38 @@ def test_a_command_is_needed():
     assert "usage: python -m fused_critic" in result.stderr
 
 
-def test_loading_against_another_torch_says_so(monkeypatch):
+def import_with_torch(version):
+    code = f"""
+import sys, torch
+torch.__version__ = {version!r}
+try:
+    import fused_critic
+except ImportError as error:
+    print(error)
+print("fused_critic._C" in sys.modules)
+"""
+    *message, loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    return message, loaded == "True"
+
+
+def test_a_library_for_another_minor_version_of_torch_is_not_loaded():
+    (message,), loaded = import_with_torch("2.99.0+cpu")
+    assert not loaded
+    assert f"built for torch {torch.__version__}, but torch 2.99.0+cpu is installed" in message
+    assert "install its wheel for torch 2.99" in message
+    assert "pip install --no-build-isolation" in message
+
+
+def test_a_patch_release_of_torch_is_accepted():
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert import_with_torch(f"{minor}.99+cu999") == ([], True)
+
+
+def test_a_library_that_cannot_be_loaded_says_so():
     from fused_critic import _load
 
-    monkeypatch.setattr(torch, "__version__", "9.9.9")
     message = _load._explain(ImportError("undefined symbol: _ZN3c10"))
-    assert "built for torch" in message
-    assert "torch 9.9.9 is installed" in message
+    assert f"built for this torch ({torch.__version__}), but its library cannot be loaded" in message
     assert "pip install --no-build-isolation" in message
     assert "undefined symbol" in message
 

@@ -1,10 +1,13 @@
-"""The CPU kernels give the same bits on every instruction set."""
+"""The CPU kernels give the same bits on every instruction set, and nothing but them needs more than plain x86-64."""
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 
+import fused_critic
 import pytest
 import torch
 
@@ -55,3 +58,44 @@ def test_same_bits():
     assert expected[0] == "DEFAULT"
     for capability in ["avx2"] + (["avx512"] if best == "AVX512" else []):
         assert run(capability) == [capability.upper(), expected[1]]
+
+
+def avx_instructions(library):
+    """How many instructions of AVX, AVX2 or AVX-512 each function of an unstripped library has; functions without one are left out."""
+    counts, function = {}, None
+    disassembly = subprocess.run(["objdump", "-d", "-w", "--no-show-raw-insn", library], capture_output=True, text=True, check=True).stdout
+    for line in disassembly.splitlines():
+        if header := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
+            function = header[1]
+        # AVX mnemonics begin with v; AVX-512's on mask registers with k; no other instruction that a compiler makes does.
+        elif re.match(r"\s+[0-9a-f]+:\t[vk]", line):
+            counts[function] = counts.get(function, 0) + 1
+    return counts
+
+
+needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None or platform.machine() != "x86_64", reason="needs objdump, on x86-64")
+
+
+@needs_objdump
+def test_only_the_dispatched_kernels_have_avx_instructions():
+    """An inline function that several sources share exists once in the library; compiled for AVX2 there, it would fail on an older CPU."""
+    library = fused_critic._C.__file__
+    if not subprocess.run(["nm", library], capture_output=True, text=True).stdout:
+        pytest.skip("the library is stripped")
+    counts = avx_instructions(library)
+    dispatched = {name for name in counts if re.search("4avx2|6avx512", name)}  # the namespaces, as C++ mangles them
+    assert len(dispatched) > 50
+    assert set(counts) - dispatched == set()
+
+
+@needs_objdump
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_an_avx_instruction_elsewhere_is_found(tmp_path):
+    source = tmp_path / "shared.cpp"
+    source.write_text(
+        """#pragma GCC target("avx2")
+        float sum(const float* x) { float s = 0; for (int i = 0; i < 64; i++) s += x[i]; return s; }
+        """
+    )
+    subprocess.run(["g++", "-O3", "-shared", "-fPIC", source, "-o", tmp_path / "shared.so"], check=True)
+    assert set(avx_instructions(str(tmp_path / "shared.so"))) == {"_Z3sumPKf"}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from ._info import collect_info
 from .check import command
 from .integrations import _doctor
 
 
-def format_info(info: dict) -> str:
+def format_info(info: dict[str, Any]) -> str:
     lines = []
     for key, value in info.items():
         label = key.replace("_", " ")
@@ -41,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     _doctor.add_parser(commands)
 
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
 
 
 if __name__ == "__main__":

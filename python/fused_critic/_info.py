@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +14,10 @@ from . import _C
 NAMESPACE = "fused_critic"
 
 
-def collect_info() -> dict:
+def collect_info() -> dict[str, Any]:
     """Everything `info` prints, ready for JSON."""
     build = _C.build_info()
     warnings = []
-    if build["torch_version"] != torch.__version__:
-        warnings.append(f"compiled against torch {build['torch_version']} but running with torch {torch.__version__}: rebuild fused_critic")
     if torch.cuda.is_available() and build["cuda_version"] is None:
         warnings.append("CUDA tensors take the composite fallback: fused_critic was built without CUDA")
     return {
@@ -53,17 +52,20 @@ def list_devices() -> list[str]:
 
 
 def cpu_name() -> str:
-    try:
-        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
-    except (OSError, TypeError):  # no such file; no such line
-        return platform.processor() or "unknown"
+    return _search_file("/proc/cpuinfo", r"^model name\s*:\s*(.+)$") or platform.processor() or "unknown"
 
 
 def nvidia_driver() -> str | None:
+    return _search_file("/proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+\.[\d.]+)")
+
+
+def _search_file(path: str, pattern: str) -> str | None:
+    """The group of `pattern` in a file; None without such a file or line."""
     try:
-        return re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())[1]
-    except (OSError, TypeError):
+        found = re.search(pattern, Path(path).read_text(), re.MULTILINE)
+    except OSError:
         return None
+    return found[1] if found else None
 
 
 def list_operators() -> list[str]:

@@ -8,7 +8,8 @@ offsets tensor), never by the contents of the offsets, which would take a synchr
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Operator(NamedTuple):
     """How an operator's arguments and results are laid out; arguments that an overload does not have are ignored."""
 
     per_token: tuple[str, ...]  # the first of them that is there is the reference
-    per_token_results: Callable[[dict], tuple[bool, ...]]  # by the arguments of a call, by name
+    per_token_results: Callable[[dict[str, Any]], tuple[bool, ...]]  # by the arguments of a call, by name
     either: tuple[str, ...] = ()  # per token, or a strided number: one for all (0-d) or one per sequence ([B])
 
 
@@ -46,7 +47,7 @@ OPERATORS = {
 
 def unwrap(op: str, tensors: dict[str, Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     """The offsets and the packed tokens of jagged per-token arguments, by name, that belong together."""
-    given = {name: x for name, x in tensors.items() if x is not None}
+    given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
     reference_name, reference = next(iter(given.items()))
     for name, x in given.items():
         if x.is_nested != reference.is_nested:
@@ -66,10 +67,10 @@ def unwrap(op: str, tensors: dict[str, Tensor | None]) -> tuple[Tensor, list[Ten
                 f"fused_critic.{op}: {name}: expected the offsets of {reference_name}, got another offsets tensor (contents are not compared); "
                 f"torch.nested.nested_tensor_from_jagged({name}.values(), {reference_name}.offsets()) shares them"
             )
-    return reference.offsets(), [None if x is None else x.values() for x in tensors.values()]
+    return reference.offsets(), [None if name not in given else given[name].values() for name in tensors]
 
 
-def packed(op: str, tensors: dict[str, Tensor | None], call: Callable[[Tensor, dict[str, Tensor | None]], Tensor | tuple]):
+def packed(op: str, tensors: dict[str, Tensor | None], call: Callable[[Tensor, dict[str, Any]], Any]) -> Any:
     """For what is composed of several operators: ``call(offsets, packed tensors)``, its per-token results jagged again."""
     offsets, tokens = unwrap(op, tensors)
     results = call(offsets, dict(zip(tensors, tokens)))
@@ -86,8 +87,8 @@ def check_no_other_layout(op: str, cu_seqlens: Tensor | None, time_dim: int) -> 
         raise ValueError(f"fused_critic.{op}: time_dim: expected -1 {instead}, got {time_dim}")
 
 
-def _rule(operator: Operator):
-    def rule(cls, func, types, args, kwargs):
+def _rule(operator: Operator) -> Callable[..., Any]:
+    def rule(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         op = func._schema.name.replace("fused_critic::", "")
         call = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
         for name, x in call.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-_scan = torch.ops.fused_critic.reverse_scan.tensor
+_scan: Callable[..., Tensor] = torch.ops.fused_critic.reverse_scan.tensor
 
 
 def carried_rewards(rewards: Tensor, mask: Tensor, cu_seqlens: Tensor | None, time_dim: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _gae = torch.ops.fused_critic.gae.default
 _gae_tensor = torch.ops.fused_critic.gae.tensor
 
 
-def _keyword_defaults(operator) -> dict:
+def _keyword_defaults(operator: Any) -> dict[str, Any]:
     return {argument.name: argument.default_value for argument in operator._schema.arguments if argument.kwarg_only}
 
 
@@ -127,6 +128,8 @@ def value_loss(
         >>> fused_critic.value_loss(values, old_values, returns, clip_range=0.5, criterion="huber", reduction="none").loss
         tensor([[0.1250, 1.5000]], grad_fn=<FusedCriticValueLossBackward>)
     """
+    low: Number
+    high: Number
     if clip_range is None:
         clip, low, high = False, 0.0, 0.0
     elif isinstance(clip_range, (tuple, list)):
@@ -226,15 +229,16 @@ def gae(
     """
     if rewards.is_nested and (carry_masked_rewards or turn_ids is not None):
         _jagged.check_no_other_layout("gae", cu_seqlens, time_dim)
-        tensors = {
+        per_token = {
             "rewards": rewards, "values": values, "mask": mask, "terminated": terminated, "truncated": truncated,
             "next_values": next_values, "turn_ids": turn_ids,
         }  # fmt: skip
-        options = {
+        others: dict[str, Any] = {
             "gamma": gamma, "lam": lam, "returns_lam": returns_lam, "mask_mode": mask_mode, "bootstrap_values": bootstrap_values,
             "carry_masked_rewards": carry_masked_rewards, "whiten": whiten,
         }  # fmt: skip
-        return _jagged.packed("gae", tensors, lambda offsets, tokens: gae(**tokens, **options, cu_seqlens=offsets))
+        jagged: GAEOutput = _jagged.packed("gae", per_token, lambda offsets, tokens: gae(**tokens, **others, cu_seqlens=offsets))
+        return jagged
     if carry_masked_rewards and mask_mode != "skip":
         raise ValueError(f"fused_critic.gae: carry_masked_rewards: expected mask_mode 'skip' beside it, got {mask_mode!r}")
     if carry_masked_rewards and mask is not None:
@@ -248,8 +252,8 @@ def gae(
         )  # fmt: skip
     tensors = (steps, terminated, truncated, next_values, bootstrap_values, cu_seqlens)
     if torch.compiler.is_compiling() or _has_tensor(gamma, lam, returns_lam):
-        gamma, lam, returns_lam = (_as_tensor(x, rewards) for x in (gamma, lam, returns_lam))
-        advantages, returns = _gae_tensor(rewards, values, gamma, lam, *tensors, returns_lam, mask_mode=mask_mode, time_dim=time_dim)
+        numbers = [_as_tensor(x, rewards) for x in (gamma, lam, returns_lam)]
+        advantages, returns = _gae_tensor(rewards, values, *numbers[:2], *tensors, numbers[2], mask_mode=mask_mode, time_dim=time_dim)
     else:
         options = {"gamma": gamma, "lam": lam, "mask_mode": mask_mode, "time_dim": time_dim, "returns_lam": returns_lam}
         options = {name: value for name, value in options.items() if value != _GAE_DEFAULTS[name]}
@@ -261,13 +265,13 @@ def gae(
     return GAEOutput(advantages, returns)
 
 
-def _pair(clip_range):
+def _pair(clip_range: Sequence[Number]) -> Sequence[Number]:
     if len(clip_range) != 2:
         raise ValueError(f"fused_critic.value_loss: clip_range: expected a pair (low, high), got {len(clip_range)} elements")
     return clip_range
 
 
-def _has_tensor(*numbers) -> bool:
+def _has_tensor(*numbers: object) -> bool:
     for x in numbers:  # a generator inside of any() would cost as much as the rest of the wrapper
         if isinstance(x, Tensor):
             return True

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .functional import Number, _as_tensor, _has_tensor, _keyword_defaults
 
-_reverse_scan = torch.ops.fused_critic.reverse_scan.default
-_reverse_scan_tensor = torch.ops.fused_critic.reverse_scan.tensor
+_reverse_scan: Callable[..., Tensor] = torch.ops.fused_critic.reverse_scan.default
+_reverse_scan_tensor: Callable[..., Tensor] = torch.ops.fused_critic.reverse_scan.tensor
 _vtrace = torch.ops.fused_critic.vtrace.default
 _vtrace_tensor = torch.ops.fused_critic.vtrace.tensor
 _VTRACE_DEFAULTS = _keyword_defaults(_vtrace)  # not passed on: parsing them would cost much of the call
@@ -129,7 +130,7 @@ def vtrace(
     if torch.compiler.is_compiling() or _has_tensor(gamma, lam, rho_clip, c_clip, pg_rho_clip):
         numbers = (_as_tensor(x, rewards) for x in (gamma, lam, rho_clip, c_clip, pg_rho_clip))
         return VTraceOutput(*_vtrace_tensor(rewards, values, *numbers, *tensors, time_dim=time_dim))
-    options = {
+    options: dict[str, Any] = {
         "gamma": gamma, "lam": lam, "rho_clip": rho_clip, "c_clip": c_clip, "pg_rho_clip": pg_rho_clip, "time_dim": time_dim
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value != _VTRACE_DEFAULTS[name]}

@@ -135,7 +135,7 @@ class ValueLossStats:
         """The statistics of all the tokens together."""
         return ValueLossStats(_merge(torch.stack([s.moments for s in stats])))
 
-    def all_reduce(self, group=None) -> ValueLossStats:
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> ValueLossStats:
         """Merges the ranks of a ``torch.distributed`` process group (default: all) with one collective; every rank gets the same bits."""
         import torch.distributed as dist
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,13 @@ from . import _jagged
 
 
 def masked_whiten(
-    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8, group=None
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """``(x - mean) * rsqrt(var + eps)`` over the valid positions, 0 at the others.
 
@@ -33,8 +41,9 @@ def masked_whiten(
         TypeError: ``x`` is not floating, ``group`` is not a process group of this rank.
     """
     if x.is_nested or (mask is not None and mask.is_nested):
-        options = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
-        return _jagged.packed("masked_whiten", {"x": x, "mask": mask}, lambda offsets, tokens: masked_whiten(**tokens, **options))
+        options: dict[str, Any] = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
+        jagged: Tensor = _jagged.packed("masked_whiten", {"x": x, "mask": mask}, lambda offsets, tokens: masked_whiten(**tokens, **options))
+        return jagged
     _check(x, mask, group)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(dtype)
@@ -70,7 +79,7 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(-1).sum(dtype=torch.float64)
 
 
-def _merge_over_ranks(moments: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_over_ranks(moments: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and sum of squared deviations of all ranks' positions together, from [3] of this rank."""
     import torch.distributed as dist
 
@@ -82,7 +91,7 @@ def _merge_over_ranks(moments: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
     return n, mean, (squares + counts * (means - mean).square()).sum()
 
 
-def _check(x: Tensor, mask: Tensor | None, group) -> None:
+def _check(x: Tensor, mask: Tensor | None, group: object) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"fused_critic.masked_whiten: x: expected a floating dtype, got {x.dtype}")
     if mask is not None and mask.shape != x.shape:

@@ -106,7 +106,7 @@ def loss_workload(shape, backward: bool, device) -> Workload:
 def gae_workload(shape, masked: bool, time_dim: int, device) -> Workload:
     batch = Batch(shape, time_dim, device)
     rewards, values, mask = batch.rewards, batch.values, batch.mask if masked else None
-    weights = mask.float() if masked else None
+    weights = None if mask is None else mask.float()
 
     def looped(step):
         def run():
@@ -153,13 +153,13 @@ class Stopwatch:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(PAUSE_CYCLES)
-        start.record()
+        begin.record()
         run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return float(begin.elapsed_time(end)) * 1e-3
 
 
 def measure(make: Callable[[], Workload], operator: str, shape, context: Context) -> dict[str, Any]:
@@ -177,9 +177,11 @@ def measure(make: Callable[[], Workload], operator: str, shape, context: Context
 def _measure(workload: Workload, device: torch.device) -> dict[str, Any]:
     source = torch.ones(workload.bytes_moved // (2 * torch.float32.itemsize), device=device)
     target = torch.empty_like(source)
-    offered = {"fused_critic": workload.ours, "copy": lambda: target.copy_(source), "eager": workload.eager, "compiled": workload.compiled}
+    offered: dict[str, Callable[[], Any] | str] = {
+        "fused_critic": workload.ours, "copy": lambda: target.copy_(source), "eager": workload.eager, "compiled": workload.compiled
+    }  # fmt: skip
     left_out = {name: reason for name, reason in offered.items() if isinstance(reason, str)}
-    running = {name: run for name, run in offered.items() if name not in left_out}
+    running = {name: run for name, run in offered.items() if not isinstance(run, str)}
 
     ours = running["fused_critic"]()
     for name in ("eager", "compiled"):  # a first run compiles

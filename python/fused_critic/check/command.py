@@ -247,7 +247,7 @@ class Screen:
         what = f"{ran} case{'s' * (ran != 1)}"
         if failed:
             what = f"{len(failed)} of {what}"
-        elif worst:
+        elif worst and worst.share_of_tolerance is not None:
             what += f", at most {100 * worst.share_of_tolerance:.2g}% of the tolerance"
         if tally.status == NOT_APPLICABLE:
             what = left_out[0].message or ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ SAME_BITS_STRIDES = ("row-strided", "misaligned")
 GRADIENT_SHAPE_TOKENS = 5000  # shapes of more are checked masked only: the reference's gradient is slow
 
 
-def describe(problem: dict) -> str:
+def describe(problem: dict[str, Any]) -> str:
     def words(value):
         if isinstance(value, torch.dtype):
             return str(value).removeprefix("torch.")

@@ -97,7 +97,7 @@ class Tally:
     def worst(self) -> Outcome | None:
         """The case closest to its tolerance."""
         measured = [outcome for outcome in self.outcomes if outcome.share_of_tolerance is not None]
-        return max(measured, key=lambda outcome: outcome.share_of_tolerance, default=None)
+        return max(measured, key=lambda outcome: outcome.share_of_tolerance or 0.0, default=None)
 
 
 CHECKS: dict[str, Check] = {}
@@ -123,8 +123,8 @@ def select(only: list[str] | None, context: Context, benchmark: bool) -> list[tu
                 raise ValueError(f"no check is called {text}; --list names them")
             if not slash:
                 chosen[name] = None
-            elif chosen.setdefault(name, set()) is not None:
-                chosen[name].add(int(number))
+            elif (numbers := chosen.setdefault(name, set())) is not None:
+                numbers.add(int(number))
     selection = []
     for name, numbers in chosen.items():
         size = len(list(CHECKS[name].cases(context)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -115,7 +116,7 @@ def replay_graph(shape, tensor_numbers: bool, context: Context):
     device = context.device
     with torch.cuda.device(device):
         tensors = inputs(device, shape)
-        numbers = STEPS[0]
+        numbers: Any = STEPS[0]
         if tensor_numbers:
             numbers = [torch.tensor(x, dtype=torch.float64, device=device) for x in numbers]
         warm_up = torch.cuda.Stream()

@@ -1,0 +1,1 @@
+BUILD: dict[str, str | None]
