@@ -48,7 +48,7 @@ $(CUDA_VENV)/.torch:
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(BUILD_INPUTS) $(shell find python -name '*.py*' -not -name '*.pyc' -not -name _build_stamp.py)
 	@echo "building fused_critic for CUDA"
 	@mkdir -p $(CUDA_BUILD) && rm -f $(CUDA_BUILD)/*.whl
-	FUSED_CRITIC_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="7.5+PTX;8.0+PTX;8.6;8.9;9.0+PTX;10.0;12.0" NVCC_APPEND_FLAGS=-Xptxas=-v $(SIMULATOR) run -- \
+	FUSED_CRITIC_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="7.5+PTX;8.0+PTX;8.6;8.9;9.0;10.0;12.0" NVCC_APPEND_FLAGS=-Xptxas=-v $(SIMULATOR) run -- \
 	  $(abspath $(CUDA_VENV))/bin/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir $(CUDA_BUILD) . \
 	  >>$(CUDA_BUILD)/build.log 2>&1 || { tail -n 100 $(CUDA_BUILD)/build.log; exit 1; }
 	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall $(CUDA_BUILD)/*.whl

@@ -17,6 +17,10 @@ CUDA_SWITCH = "FUSED_CRITIC_BUILD_CUDA"
 # One entry per GPU generation with its own machine code; those the installed nvcc does not know are dropped, the last also gets PTX.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+# What the CUDA sources tell apart by __CUDA_ARCH__. C++ is translated to PTX once for each, and that to the machine code of every architecture from
+# there on: nvcc spends three quarters of its time on the way to PTX, which is the same for all of them.
+PTX_GENERATIONS = ("7.5", "8.0")
+
 CXX_FLAGS = (
     "-O3",
     "-g0",
@@ -167,16 +171,24 @@ def cxx_flags(compiler: str, platform: str = sys.platform) -> list[str]:
     return [*CXX_FLAGS, *openmp]
 
 
-def nvcc_flags(threads: str | None = None) -> list[str]:
+def nvcc_flags(architectures: str, threads: str | None = None) -> list[str]:
+    """torch adds its own -gencode flags (TORCH_CUDA_ARCH_LIST) as long as no flag here contains "arch"."""
     flags = [*NVCC_FLAGS, *([f"--threads={threads}"] if threads else [])]
-    assert_no_architecture_flag(flags)
-    return flags
+    assert not any("arch" in flag for flag in flags), flags
+    return flags + gencode_flags(architectures)
 
 
-def assert_no_architecture_flag(flags: Iterable[str]) -> None:
-    """torch drops all its -gencode flags as soon as any flag contains "arch"."""
-    offending = [flag for flag in flags if "arch" in flag]
-    assert not offending, f"these flags would make torch drop every -gencode: {offending}"
+def gencode_flags(architectures: str) -> list[str]:
+    """-gencode flags for a list such as 8.0;9.0+PTX. None, so that torch makes them, where it has other entries: names, 9.0a."""
+    entries = [re.fullmatch(r"(\d+\.\d+)(\+PTX)?", entry) for entry in re.split(r"[;, ]+", architectures.strip())]
+    if not all(entries):
+        return []
+    targets = []
+    for entry in entries:
+        number = entry[1].replace(".", "")
+        generation = max((g for g in PTX_GENERATIONS if release(g) <= release(entry[1])), key=release, default=entry[1]).replace(".", "")
+        targets += [f"arch=compute_{generation},code=sm_{number}"] + [f"arch=compute_{generation},code=compute_{generation}"] * bool(entry[2])
+    return [f"-gencode={target}" for target in dict.fromkeys(targets)]
 
 
 def find_sources(root: Path, cuda: bool) -> list[str]:

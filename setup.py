@@ -94,7 +94,7 @@ def arguments_with_extension(version):
         )
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         macros.append(("FUSED_CRITIC_WITH_CUDA", None))
-        compile_args["nvcc"] = build_config.nvcc_flags(os.environ.get("NVCC_THREADS"))
+        compile_args["nvcc"] = build_config.nvcc_flags(architectures, os.environ.get("NVCC_THREADS"))
         include_dirs += [*toolkit.include_dirs, *build_config.nvidia_include_dirs(site_packages)]
         library_dirs += toolkit.library_dirs
         cudart = build_config.find_cudart(toolkit.library_dirs, site_packages, toolkit.major)

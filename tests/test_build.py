@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,21 +92,49 @@ def test_visible_gpus_choose_the_architectures():
     assert build_config.architecture_list(None, NVCC_13, visible=[(12, 1)], torch_supports=[(8, 0), (12, 0)]) == "12.0+PTX"
 
 
-def test_torch_turns_the_default_architectures_into_flags(monkeypatch):
+def test_torch_adds_architecture_flags_only_where_there_are_none_of_ours(monkeypatch):
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build_config.architecture_list(None, NVCC_13))
-    flags = _get_cuda_arch_flags(build_config.nvcc_flags())
-    assert "-gencode=arch=compute_75,code=sm_75" in flags
-    assert [flag for flag in flags if "code=compute" in flag] == ["-gencode=arch=compute_120,code=compute_120"]
+    default = build_config.architecture_list(None, NVCC_13)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", default)
+    assert _get_cuda_arch_flags(build_config.nvcc_flags(default)) == []
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert _get_cuda_arch_flags(build_config.nvcc_flags("9.0a")) == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
-def test_no_flag_of_ours_switches_off_torchs_architecture_flags():
-    flags = build_config.nvcc_flags(threads="4")
+def test_ptx_is_made_once_for_all_architectures_that_the_sources_do_not_tell_apart():
+    flags = build_config.nvcc_flags("7.5;8.0;8.6;9.0;12.0+PTX", threads="4")
     assert "-lineinfo" in flags
     assert "--threads=4" in flags
-    with pytest.raises(AssertionError):
-        build_config.assert_no_architecture_flag(["-O3", "-march=native"])
+    assert [flag for flag in flags if "arch" in flag] == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_80,code=sm_90",
+        "-gencode=arch=compute_80,code=sm_120",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+    assert build_config.gencode_flags("7.0") == ["-gencode=arch=compute_70,code=sm_70"]
+
+
+@pytest.mark.parametrize("architectures", ["Ampere", "9.0a", "8.0;Hopper", ""])
+def test_architectures_that_only_torch_understands_are_left_to_torch(architectures):
+    assert build_config.gencode_flags(architectures) == []
+
+
+def test_the_sources_tell_no_other_architectures_apart():
+    conditions = [
+        line
+        for path in sorted((ROOT / "csrc").rglob("*"))
+        if path.suffix in (".h", ".cuh", ".cu")
+        for line in path.read_text().splitlines()
+        if "__CUDA_ARCH__" in line
+    ]
+    generations = {build_config.release(generation) for generation in build_config.PTX_GENERATIONS}
+    numbers = {int(number) for line in conditions for number in re.findall(r"__CUDA_ARCH__ >= (\d+)", line)}
+    assert conditions
+    assert {(number // 100, number % 100 // 10) for number in numbers} <= generations
+    assert all(re.search(r"__CUDA_ARCH__ >= \d+|defined\(__CUDA_ARCH__\)", line) for line in conditions)
 
 
 def test_openmp_is_for_the_compiler_alone_and_gcc_on_linux():
