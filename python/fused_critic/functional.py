@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _jagged
+from ._data_parallel import Share
 from ._turns import Turns, carried_rewards, check_turn_ids
 from .stats import ValueLossStats
 from .whiten import masked_whiten
@@ -63,6 +64,7 @@ def value_loss(
     loss_scale_factor: float | None = None,
     cu_seqlens: Tensor | None = None,
     time_dim: int = -1,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> ValueLossOutput:
     r"""Masked clipped value loss of PPO, with its statistics, in one pass; differentiable in ``values``.
 
@@ -108,19 +110,26 @@ def value_loss(
         batch_num_tokens: global token count, for ``"token-mean"``; a number or 0-d tensor, at least 0.
         global_batch_size: global sequence count, for the ``"seq-mean-*"`` reductions; likewise. A count that the reduction has no use
             for is ignored.
-        dp_size: data-parallel size, positive. Above 1 a mean needs its global count.
+        dp_size: data-parallel size, positive. Above 1 a mean needs its global count, or a ``group``. Beside a ``group`` 1 stands for its size.
         loss_scale_factor: positive; replaces T in ``"seq-mean-token-sum-norm"``.
         cu_seqlens: int32 or int64 [S + 1], from 0 to N without decrease: segment s is [cu_seqlens[s], cu_seqlens[s + 1]). Checked on the CPU; on CUDA
             only with the environment variable FUSED_CRITIC_CHECK=1, which synchronises.
         time_dim: the time dimension of a 2-d input.
+        group: a ``torch.distributed`` process group (``torch.distributed.group.WORLD``: all ranks) over whose ranks the batch is spread: the
+            denominator is counted over all of them. ``loss`` is this rank's share times ``dp_size``, so that the average of the ranks' losses
+            is the loss of the whole batch, and gradients that DDP or FSDP averages are those of one process. ``stats`` stay this rank's
+            (``stats.all_reduce(group)``). Costs one all-reduce of one number, beside which the loss is computed; ``"token-sum"`` none.
+            Every rank of it must make the call, also one with nothing valid or without any row. One call is one batch: for micro-batches
+            see :func:`fused_critic.distributed.global_counts`. Not for ``"none"``, nor beside a count; ``"seq-mean-token-sum-norm"`` needs its
+            ``loss_scale_factor`` then. None: no communication.
 
     Instead of ``cu_seqlens`` and ``time_dim``, all per-token arguments may be jagged nested tensors [B, T*] (``torch.nested``,
     ``layout=torch.jagged``) that share one offsets tensor; they are read as they lie, and a per-token result is jagged with the same offsets.
 
     Raises:
         ValueError: shapes that differ (nothing is broadcast), devices that differ, bad ``cu_seqlens``, numbers out of range, unknown names, a
-            missing ``old_values`` or global count, an input other than ``values`` that requires grad.
-        TypeError: a dtype that is not supported.
+            missing ``old_values`` or global count, an input other than ``values`` that requires grad, what does not go beside a ``group``.
+        TypeError: a dtype that is not supported, a ``group`` that is not a process group of this rank.
 
     Examples:
         >>> values = torch.tensor([[1.0, 3.0]], requires_grad=True)
@@ -128,6 +137,16 @@ def value_loss(
         >>> fused_critic.value_loss(values, old_values, returns, clip_range=0.5, criterion="huber", reduction="none").loss
         tensor([[0.1250, 1.5000]], grad_fn=<FusedCriticValueLossBackward>)
     """
+    if group is not None:
+        share = Share(
+            group, values, mask, cu_seqlens, reduction=reduction, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size,
+            dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
+        )  # fmt: skip
+        loss, stats = value_loss(
+            values, old_values, returns, mask, clip_range=clip_range, criterion=criterion, delta=delta, clip_only=clip_only,
+            loss_clamp=loss_clamp, loss_scale_factor=loss_scale_factor, cu_seqlens=cu_seqlens, time_dim=time_dim, **share.options,
+        )  # fmt: skip
+        return ValueLossOutput(share.of(loss), stats)
     low: Number
     high: Number
     if clip_range is None:
@@ -139,7 +158,7 @@ def value_loss(
     else:
         clip, low, high = True, -clip_range, clip_range
     if torch.compiler.is_compiling() or _has_tensor(low, high, batch_num_tokens, global_batch_size, loss_clamp):
-        loss, stats, _ = _value_loss_tensor(
+        loss, moments, _ = _value_loss_tensor(
             values, old_values, returns, mask, cu_seqlens,
             *(_as_tensor(x, values) for x in (low, high, batch_num_tokens, global_batch_size, loss_clamp)),
             clip=clip, criterion=criterion, delta=delta, clip_only=clip_only, reduction=reduction, dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
@@ -152,8 +171,8 @@ def value_loss(
         options = (
             {} if given == _VALUE_LOSS_VALUES else {k: x for (k, default), x in zip(_VALUE_LOSS_DEFAULTS.items(), given) if x != default}
         )
-        loss, stats, _ = _value_loss(values, old_values, returns, mask, cu_seqlens, **options)
-    return ValueLossOutput(loss, ValueLossStats(stats))
+        loss, moments, _ = _value_loss(values, old_values, returns, mask, cu_seqlens, **options)
+    return ValueLossOutput(loss, ValueLossStats(moments))
 
 
 def gae(

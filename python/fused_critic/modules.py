@@ -17,7 +17,8 @@ class ClippedValueLoss(torch.nn.Module):
             Tensors among them stay where they are when the module moves to another device.
 
     The call takes what changes from batch to batch, all of it as :func:`value_loss` does, and raises the same errors:
-    ``loss_function(values, old_values, returns, mask=None, *, batch_num_tokens=None, global_batch_size=None, cu_seqlens=None)``.
+    ``loss_function(values, old_values, returns, mask=None, *, batch_num_tokens=None, global_batch_size=None, cu_seqlens=None,
+    group=None)``.
 
     Examples:
         >>> loss_function = fused_critic.ClippedValueLoss(clip_range=0.2, criterion="huber", delta=10.0)
@@ -60,6 +61,7 @@ class ClippedValueLoss(torch.nn.Module):
         batch_num_tokens: Number | None = None,
         global_batch_size: Number | None = None,
         cu_seqlens: Tensor | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> ValueLossOutput:
         return value_loss(
             values,
@@ -78,6 +80,7 @@ class ClippedValueLoss(torch.nn.Module):
             loss_scale_factor=self.loss_scale_factor,
             cu_seqlens=cu_seqlens,
             time_dim=self.time_dim,
+            group=group,
         )
 
     def extra_repr(self) -> str:
