@@ -1,15 +1,16 @@
 """value_loss over a process group and global_counts, with real processes (gloo on the loopback interface), against one process."""
 
 from datetime import timedelta
+from unittest import mock
 
 import fused_critic
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fused_critic import reference
+from fused_critic import functional, reference
 from fused_critic.distributed import BatchCounts, global_counts
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.profiler import profile
 
 WORLD_SIZES = (2, 4, 8)
 ROWS, LENGTH = 13, 11
@@ -18,20 +19,15 @@ REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-s
 OPTIONS = {name: {"reduction": name, **({"loss_scale_factor": LENGTH} if name.endswith("norm") else {})} for name in REDUCTIONS}
 
 
-class Calls(TorchDispatchMode):
-    """The names of the operators of torch.distributed and of fused_critic that are called; ``then`` is called after each."""
+class Calls(profile):
+    """The names of the operators of torch.distributed and of fused_critic that are called, in order."""
 
-    def __init__(self, then=None):
-        super().__init__()
-        self.names, self.then = [], then
+    def __init__(self):
+        super().__init__(use_kineto=False)  # a dispatch mode would import the compiler, which costs every process seconds
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional", "fused_critic"):
-            self.names.append(func._schema.name)
-            if self.then is not None:
-                self.then(func._schema.name)
-        return result
+    @property
+    def names(self):
+        return [event.name for event in self.function_events if event.name.startswith(("c10d::", "_c10d_functional::", "fused_critic::"))]
 
     @property
     def collectives(self):
@@ -121,7 +117,7 @@ def layouts(rank, ranks):
         whole = batch(kind=kind)
         rows = row_splits(ranks)["uneven"][rank]
         mine = [None if x is None else x[rows] for x in whole]
-        lengths = torch.tensor([(3 * r) % LENGTH for r in rows])  # the first row's is 0
+        lengths = torch.tensor([(3 * r) % LENGTH for r in rows], dtype=torch.int64)  # the first row's is 0
         keep = torch.arange(LENGTH) < lengths[:, None]
         keep_whole = torch.arange(LENGTH) < torch.tensor([(3 * r) % LENGTH for r in range(ROWS)])[:, None]
         packed = [None if x is None else x[keep] for x in mine]
@@ -169,6 +165,10 @@ def nothing_valid_anywhere(rank, ranks):
                 mine = (x[part] for x in (values, old_values, returns, mask))
                 loss, gradient, _ = loss_and_gradient(*mine, **options, group=dist.group.WORLD)
                 assert loss == 0 and not gradient.any(), reduction
+                scaled = values[part].clone().requires_grad_()
+                output = fused_critic.value_loss(scaled, old_values[part], returns[part], mask[part], **options, group=dist.group.WORLD)
+                (output.loss * 2.0**16).backward()  # a gradient scaler's factor
+                assert not scaled.grad.any(), reduction
 
 
 def micro_batches(rank, ranks):
@@ -217,6 +217,7 @@ def counts_of_every_layout(rank, ranks):
     for name, (masks, options) in kinds.items():
         assert torch.equal(torch.stack(global_counts(masks, group=dist.group.WORLD, **options)), total), name
         assert torch.equal(torch.stack(global_counts(masks, **options)), sum(expected)), name
+    assert not torch.stack(global_counts([])).any() and global_counts([], device="meta").batch_num_tokens.device.type == "meta"
     one = global_counts(packed, cu_seqlens=offsets, group=dist.group.WORLD)
     close(one.batch_num_tokens, averaged(expected[0][0]) * ranks, "a single mask")
     with pytest.raises(ValueError, match="global_counts: cu_seqlens: expected one for each of the 1 masks, got 2"):
@@ -284,13 +285,14 @@ def started_before_the_operator_finished_after(rank, ranks, store):
         if reduction == "token-sum":
             continue
 
-        def ran(name, reduction=reduction):
-            if name == "fused_critic::value_loss":
-                store.set(f"{reduction} {rank}", "")
+        def operator(*args, key=f"{reduction} {rank}", call=functional._value_loss, **kwargs):
+            result = call(*args, **kwargs)
+            store.set(key, "")
+            return result
 
         if rank == ranks - 1:
             store.wait([f"{reduction} {r}" for r in range(ranks - 1)])
-        with Calls(then=ran) as calls:
+        with mock.patch.object(functional, "_value_loss", operator), Calls() as calls:
             fused_critic.value_loss(*whole, **options, group=dist.group.WORLD)
         assert calls.names == ["c10d::allreduce_", "fused_critic::value_loss"], (reduction, calls.names)
     if rank == ranks - 1:
@@ -316,7 +318,8 @@ def compiled(rank, ranks):
             return fused_critic.value_loss(values, old_values, returns, mask, **options, group=dist.group.WORLD)
 
         function = torch.compile(loss, backend=backend, fullgraph=True)
-        for rows in list(row_splits(ranks).values())[:2]:
+        splits = list(row_splits(ranks).values())[: 2 if reduction == "token-mean" else 1]  # another shape is another trace
+        for rows in splits:
             mine = [x[rows[rank]] for x in batch()]
             values = mine[0].clone().requires_grad_()
             output = function(values, *mine[1:])

@@ -5,8 +5,10 @@ Real processes (gloo on the loopback interface), DDP and FSDP2.
 
 import multiprocessing
 import os
+import re
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import fused_critic
 import pytest
@@ -19,13 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 WORLD_SIZES = (2, 4, 8)
 STEPS, ROWS, LENGTH, FEATURES = 20, 12, 7, 5
+LEARNING_RATE = 1e-2
 TOLERANCE = 1e-5  # relative and absolute
 NEEDS_GLOO = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
 
 def critic():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(FEATURES, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    return torch.nn.Sequential(
+        torch.nn.Linear(FEATURES, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+    )
 
 
 def batch(step):
@@ -62,17 +67,20 @@ def options_of(step):
     )[step % 5]
 
 
-def train(model, step_of, steps=STEPS):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(steps):
+def train(model, step_of):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    for step in range(STEPS):
         optimizer.zero_grad()
         step_of(model, step)
         optimizer.step()
 
 
-def one_process(model, step):
-    states, *others = batch(step)
-    fused_critic.value_loss(model(states).squeeze(-1), *others, **options_of(step)).loss.backward()
+def one_process(options):
+    def step_of(model, step):
+        states, *others = batch(step)
+        fused_critic.value_loss(model(states).squeeze(-1), *others, **options(step)).loss.backward()
+
+    return step_of
 
 
 def one_call(rank, ranks):
@@ -109,6 +117,23 @@ def accumulated(rank, ranks):
     return step_of
 
 
+def the_page(model, group):
+    """The steps as docs/distributed.md has them, in turns."""
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    section = text[text.index("## Data parallel") :].split("\n## ")[0]
+    names = {"fused_critic": fused_critic, "global_counts": global_counts}
+    for code in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+        exec(code, names)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    for step in range(STEPS):
+        rows = rows_of(group.rank(), group.size(), step)
+        parts = [[x[part] for x in batch(step)] for part in ((rows,) if step % 2 else (rows[::2], rows[1::2]))]
+        if step % 2:
+            names["step"](model, optimizer, parts[0], group)
+        else:
+            names["accumulated_step"](model, optimizer, parts, group)
+
+
 def sharded(model):
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
@@ -125,18 +150,28 @@ def weights(model):
 def trainer(rank, ranks, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    reference = critic()
-    train(reference, one_process)
-    expected, start = weights(reference), weights(critic())
-    assert all((expected[name] - start[name]).abs().max() > 0.01 for name in expected), "nothing was learnt"
+    start, expected = weights(critic()), {}
+    for name, options in (("every reduction", options_of), ("default", lambda step: {})):
+        model = critic()
+        train(model, one_process(options))
+        expected[name] = weights(model)
+        assert all((x - start[layer]).abs().max() > 0.01 for layer, x in expected[name].items()), "nothing was learnt"
+
+    def compare(model, name, what):
+        for layer, got in weights(model).items():
+            same = {"rtol": TOLERANCE, "atol": TOLERANCE}
+            torch.testing.assert_close(
+                got, expected[name][layer], **same, msg=lambda text: f"rank {rank} of {ranks}, {what}, {layer}: {text}"
+            )
+
     for wrap in (DistributedDataParallel, sharded):
         for kind in (one_call, accumulated):
             model = wrap(critic())
             train(model, kind(rank, ranks))
-            for name, got in weights(model).items():
-                torch.testing.assert_close(
-                    got, expected[name], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{wrap.__name__}, {kind.__name__}, {name}: {text}"
-                )
+            compare(model, "every reduction", f"{wrap.__name__}, {kind.__name__}")
+    model = sharded(critic())
+    the_page(model, dist.group.WORLD)
+    compare(model, "default", "docs/distributed.md")
     dist.destroy_process_group()
 
 
@@ -186,7 +221,7 @@ def survivor(rank, ranks, folder):
                 file.write(what)
         store.set(f"{missing} {rank}", "")
         if missing == STALLED:
-            store.wait([f"{missing} {r}" for r in range(ranks)] if rank != missing else [f"{missing} {r}" for r in range(ranks)])
+            store.wait([f"{missing} {r}" for r in range(ranks)])
     os._exit(0)  # the groups are broken: there is nothing to take down in good order
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+_LEAST = torch.finfo(torch.float32).tiny
+
 
 class BatchCounts(NamedTuple):
     """The global counts of a batch, 0-d float64 tensors on the masks' device: what :func:`fused_critic.value_loss` takes by these names."""
@@ -38,6 +40,7 @@ def global_counts(
     group: torch.distributed.ProcessGroup | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
     time_dim: int = -1,
+    device: torch.device | str | None = None,
     async_op: Literal[False] = False,
 ) -> BatchCounts: ...
 
@@ -49,6 +52,7 @@ def global_counts(
     group: torch.distributed.ProcessGroup | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
     time_dim: int = -1,
+    device: torch.device | str | None = None,
     async_op: Literal[True],
 ) -> PendingCounts: ...
 
@@ -59,6 +63,7 @@ def global_counts(
     group: torch.distributed.ProcessGroup | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
     time_dim: int = -1,
+    device: torch.device | str | None = None,
     async_op: bool = False,
 ) -> BatchCounts | PendingCounts:
     """Counts of all micro-batches on all ranks, with one all-reduce of two numbers: what gradient accumulation needs before its first loss.
@@ -70,13 +75,14 @@ def global_counts(
         group: the ``torch.distributed`` process group to count over; every rank of it must make the call. None: no communication.
         cu_seqlens: of packed masks: one tensor, or one for each mask.
         time_dim: the time dimension of 2-d masks.
+        device: where the counts lie, the same kind of device on every rank. None: that of the first mask, or without any mask the CPU, so that
+            a rank that may have no mask has to name it where others have theirs on a GPU.
         async_op: return at once, with a handle whose ``wait()`` returns the counts: the all-reduce runs beside the model's forward pass.
 
     Returns:
         ``BatchCounts(batch_num_tokens, global_batch_size)``: the sum of the weights, and the number of sequences with a valid token. Passed to
         :func:`fused_critic.value_loss` by these names, with ``dp_size=group.size()``, the parts of all micro-batches and the average over the
-        ranks make the gradient of one process that holds the whole batch. On a rank without any mask the result lies on the CPU, or where
-        ``torch.get_default_device`` says, which must be a device of the group.
+        ranks make the gradient of one process that holds the whole batch.
 
     Raises:
         TypeError: ``group`` is not a process group of this rank.
@@ -90,11 +96,12 @@ def global_counts(
         raise ValueError(
             f"fused_critic.global_counts: cu_seqlens: expected one for each of the {len(all_masks)} masks, got {len(all_cu_seqlens)}"
         )
-    device = all_masks[0].device if all_masks else None
+    if device is None:
+        device = all_masks[0].device if all_masks else "cpu"
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for mask, bounds in zip(all_masks, all_cu_seqlens):
-        tokens, rows = (count(mask, mask, bounds, time_dim) for count in (_num_tokens, _num_sequences))
-        counts = counts + torch.stack([tokens, rows])
+        both = torch.stack([_num_tokens(mask, mask), _num_sequences(mask, mask, bounds, time_dim)])
+        counts = counts + both.to(counts.device)
     pending = PendingCounts(_PendingSum(counts, group))
     return pending if async_op else pending.wait()
 
@@ -120,7 +127,7 @@ class Share:
         _check_options(group, values, reduction, batch_num_tokens, global_batch_size, loss_scale_factor)
         self._pending: _PendingSum | None = None
         if reduction == "token-mean":
-            self._pending = _PendingSum(_num_tokens(values, mask, cu_seqlens, time_dim), group)
+            self._pending = _PendingSum(_num_tokens(values, mask), group)
         elif reduction.startswith("seq-mean-"):
             self._pending = _PendingSum(_num_sequences(values, mask, cu_seqlens, time_dim), group)
         self.options: dict[str, Any] = {
@@ -132,9 +139,8 @@ class Share:
     def of(self, loss: Tensor) -> Tensor:
         if self._pending is None:
             return loss
-        count = self._pending.wait()
-        # From float64 to the loss's dtype once, so that the gradient has the loss's dtype too.
-        return loss * torch.where(count > 0, 1 / count, 0.0).to(loss.dtype)
+        # Nothing valid anywhere: 0 by the smallest count, whose reciprocal is finite. In the loss's dtype, so that the gradient keeps it.
+        return loss / self._pending.wait().clamp(min=_LEAST).to(loss.dtype)
 
 
 def check_group(function: str, group: object) -> None:
@@ -194,7 +200,7 @@ class _PendingSum:
         return self._x
 
 
-def _packed(reference: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _packed(reference: Any, mask: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The tokens, the mask and the offsets of jagged tensors; others as they are."""
     if mask is not None and mask.is_nested:
         return mask.values(), mask.values(), mask.offsets()
@@ -203,9 +209,9 @@ def _packed(reference: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
     return reference, mask, cu_seqlens
 
 
-def _num_tokens(reference: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, time_dim: int) -> Tensor:
+def _num_tokens(reference: Tensor, mask: Tensor | None) -> Tensor:
     """Sum of the weights, 0-d float64. No mask: the number of elements of the reference."""
-    reference, mask, _ = _packed(reference, mask, cu_seqlens)
+    reference, mask, _ = _packed(reference, mask, None)
     if mask is None:
         return torch.full((), reference.numel(), dtype=torch.float64, device=reference.device)
     if mask.dtype.is_floating_point:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fused_critic
 import torch
+from fused_critic.distributed import BatchCounts, PendingCounts, global_counts
 from torch import Tensor
 from typing_extensions import assert_type
 
@@ -21,6 +22,14 @@ def statistics(one: fused_critic.ValueLossStats, other: fused_critic.ValueLossSt
     assert_type(one + other, fused_critic.ValueLossStats)
     assert_type(fused_critic.ValueLossStats.merge([one, other]).explained_variance, Tensor)
     assert_type(one.all_reduce(torch.distributed.group.WORLD).to_dict(), dict[str, float])
+
+
+def many_ranks(values: Tensor, returns: Tensor, mask: Tensor, group: torch.distributed.ProcessGroup) -> None:
+    assert_type(fused_critic.value_loss(values, None, returns, clip_range=None, group=group).loss, Tensor)
+    assert_type(global_counts([mask, mask], group=group), BatchCounts)
+    assert_type(global_counts(mask, async_op=True), PendingCounts)
+    tokens, sequences = global_counts(mask, group=group, async_op=True).wait()
+    fused_critic.value_loss(values, values, returns, batch_num_tokens=tokens, global_batch_size=sequences, dp_size=group.size())
 
 
 def advantages(rewards: Tensor, values: Tensor, lengths: Tensor) -> None:
