@@ -182,7 +182,11 @@ def flags_at_bounds(rank, ranks):
     rewards, values, _ = whole(2, 2, 6 * ranks)
     next_values, flags = torch.randn(2, 6 * ranks, generator=torch.Generator().manual_seed(3)), torch.zeros(2, 6 * ranks)
     flags[0, 5::6], flags[1, 6::6] = 1, 1
-    for options in ({"terminated": flags}, {"truncated": flags, "next_values": next_values}, {"terminated": flags, "next_values": next_values}):
+    for options in (
+        {"terminated": flags},
+        {"truncated": flags, "next_values": next_values},
+        {"terminated": flags, "next_values": next_values},
+    ):
         expected = fused_critic.gae(rewards, values, gamma=0.99, lam=0.95, **options)
         mine = {k: chunk(x, rank, ranks) for k, x in options.items()}
         call = dict(group=dist.group.WORLD, gamma=0.99, lam=0.95, **mine)
@@ -295,6 +299,7 @@ def refuses(rank, ranks):
         (ValueError, "next_values: expected a tensor beside truncated", (x, x), {"truncated": x}),
         (ValueError, r"values: expected a tensor without gradient.*detach\(\) it", (x, x.clone().requires_grad_()), {}),
         (TypeError, "rewards: expected a floating dtype", (x.long(), x), {}),
+        (TypeError, "bootstrap_values: expected a floating dtype", (x, x), {"bootstrap_values": torch.ones(2, dtype=torch.int64)}),
         (TypeError, "group: expected a torch.distributed process group", (x, x), {"group": None}),
     ):
         with pytest.raises(error, match=message):

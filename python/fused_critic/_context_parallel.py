@@ -100,9 +100,7 @@ def context_parallel_gae(
         )  # fmt: skip
     # From here on everything is packed, a "row" being one chunk of one sequence; in "head-tail" row 2s is the head of sequence s, 2s + 1 its tail.
     time_major = rewards.dim() == 2 and time_dim in (0, -2)
-    flat: dict[str, Any] = {
-        name: None if x is None else (x.t() if time_major else x).detach().reshape(-1) for name, x in per_token.items()
-    }
+    flat: dict[str, Any] = {name: None if x is None else (x.t() if time_major else x).detach().reshape(-1) for name, x in per_token.items()}
     bounds = _bounds(rewards, cu_seqlens, time_major)
     chunks = 1 if order == "contiguous" else 2  # of each sequence on this rank
     if chunks == 2:
@@ -158,7 +156,10 @@ class _Part:
         self.hidden: Tensor | None = None  # positions that are steps and yet have no result
         if mask_mode == "zero" and valid is not None:
             self.hidden, valid = ~valid, None
-            flat = {k: x.masked_fill(self.hidden, 0) if k in ("rewards", "values", "next_values") and x is not None else x for k, x in flat.items()}
+            flat = {
+                k: x.masked_fill(self.hidden, 0) if k in ("rewards", "values", "next_values") and x is not None else x
+                for k, x in flat.items()
+            }
         self.options: dict[str, Any] = {k: flat[k] for k in ("terminated", "truncated", "next_values")}
         self.rewards, self.values, self.steps, self.mask_mode = flat["rewards"], flat["values"], valid, mask_mode
 
@@ -190,7 +191,14 @@ class _Part:
     def _gae(self, rewards: Tensor) -> GAEOutput:
         mode = "skip" if self.steps is None else self.mask_mode
         return gae(
-            rewards, self.values, self.steps, mask_mode=mode, bootstrap_values=self.anchor, cu_seqlens=self.bounds, **self.numbers, **self.options
+            rewards,
+            self.values,
+            self.steps,
+            mask_mode=mode,
+            bootstrap_values=self.anchor,
+            cu_seqlens=self.bounds,
+            **self.numbers,
+            **self.options,
         )
 
     def map(self) -> tuple[Tensor, Tensor]:
@@ -269,23 +277,28 @@ def _check(
     rewards = per_token["rewards"]
     assert rewards is not None
     if rewards.dim() not in (1, 2) or not -rewards.dim() <= time_dim < rewards.dim():
-        raise ValueError(f"{_OP}: rewards: expected 1 or 2 dimensions, of which time_dim is one, got shape {list(rewards.shape)} and time_dim {time_dim}")
+        raise ValueError(
+            f"{_OP}: rewards: expected 1 or 2 dimensions, of which time_dim is one, got shape {list(rewards.shape)} and time_dim {time_dim}"
+        )
     for name, x in per_token.items():
         if x is not None and x.shape != rewards.shape:
-            raise ValueError(f"{_OP}: {name}: expected shape {list(rewards.shape)} (that of rewards), got {list(x.shape)}; nothing is broadcast")
-    for name in ("rewards", "values", "next_values"):
-        x = per_token[name]
+            raise ValueError(
+                f"{_OP}: {name}: expected shape {list(rewards.shape)} (that of rewards), got {list(x.shape)}; nothing is broadcast"
+            )
+    floating = {**{name: per_token[name] for name in ("rewards", "values", "next_values")}, "bootstrap_values": bootstrap_values}
+    for name, x in floating.items():
         if x is not None and not x.dtype.is_floating_point:
             raise TypeError(f"{_OP}: {name}: expected a floating dtype, got {x.dtype}")
-    tensors = {**per_token, "bootstrap_values": bootstrap_values, "cu_seqlens": cu_seqlens, "gamma": gamma, "lam": lam}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
+    numbers = {name: x for name, x in (("gamma", gamma), ("lam", lam)) if isinstance(x, Tensor)}
+    for name, x in {**per_token, "bootstrap_values": bootstrap_values, "cu_seqlens": cu_seqlens, **numbers}.items():
+        if x is None:
             continue
-        if x.device != rewards.device and not (name in ("gamma", "lam") and x.dim() == 0):
+        if x.device != rewards.device and not (name in numbers and x.dim() == 0):
             raise ValueError(f"{_OP}: {name}: expected device {rewards.device} (that of rewards), got {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{_OP}: {name}: expected a tensor without gradient (it would need the other ranks' gradients), got one with requires_grad; detach() it"
+                f"{_OP}: {name}: expected a tensor without gradient (it would need the other ranks' gradients), "
+                "got one with requires_grad; detach() it"
             )
     if bootstrap_values is not None and per_token["next_values"] is not None:
         raise ValueError(
@@ -293,23 +306,26 @@ def _check(
         )
     if per_token["truncated"] is not None and per_token["next_values"] is None:
         raise ValueError(f"{_OP}: next_values: expected a tensor beside truncated (the value of the state that was cut off), got None")
-    if cu_seqlens is not None:
+    single = rewards.dim() == 1 and cu_seqlens is None
+    if cu_seqlens is None:
+        sequences = 1 if single else rewards.shape[1 - time_dim % 2]
+    else:
         _check_cu_seqlens(cu_seqlens, rewards)
-    sequences = 1 if rewards.dim() == 1 else rewards.shape[1 - time_dim % 2]
-    if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1
-    for name, number in (("bootstrap_values", bootstrap_values), ("gamma", gamma), ("lam", lam)):
-        if isinstance(number, Tensor) and number.shape != (sequences,) and not (number.dim() == 0 and (name != "bootstrap_values" or rewards.dim() == 1 and cu_seqlens is None)):
-            raise ValueError(f"{_OP}: {name}: expected shape [{sequences}] (one per sequence), got {list(number.shape)}")
+    if bootstrap_values is not None and not (single and bootstrap_values.dim() == 0):
+        numbers = {"bootstrap_values": bootstrap_values, **numbers}
+    for name, x in numbers.items():
+        if x.shape != (sequences,) and (name == "bootstrap_values" or x.dim() != 0):
+            raise ValueError(f"{_OP}: {name}: expected shape [{sequences}] (one per sequence), got {list(x.shape)}")
     if order == "head-tail":
-        lengths = rewards.shape[time_dim] if cu_seqlens is None else cu_seqlens.diff()
-        odd = lengths % 2 != 0
-        if isinstance(odd, bool):
-            uneven = odd
+        if cu_seqlens is None:
+            odd = rewards.shape[time_dim] % 2 != 0
         else:
-            uneven = _readable(odd) and bool(odd.any())
-        if uneven:
-            raise ValueError(f"{_OP}: order: expected an even length of every sequence on this rank for 'head-tail' (two chunks of one length), got an odd one")
+            odd = _readable(cu_seqlens) and bool((cu_seqlens.diff() % 2).any())
+        if odd:
+            raise ValueError(
+                f"{_OP}: order: expected an even length of every sequence on this rank for 'head-tail' (two chunks of one length), got an odd one"
+            )
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rewards: Tensor) -> None:
