@@ -346,3 +346,11 @@ def test_ranks_compute_what_one_process_does(ranks, tmp_path):
         failures = manager.dict()
         mp.spawn(worker, (ranks, str(tmp_path / "rendezvous"), failures), nprocs=ranks)
         assert not failures, "\n".join(f"{name}:\n{trace}" for name, trace in failures.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_head_tail_is_the_order_of_torch(ranks):
+    """torch's context_parallel balances the load of causal attention so."""
+    load_balancer = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel._load_balancer")
+    order = load_balancer._HeadTailLoadBalancer(16, ranks, "cpu")._generate_indices().flatten().tolist()
+    assert order == [t for rank in range(ranks) for t in own_tokens([16 // (2 * ranks)] * 2 * ranks, rank, ranks, "head-tail")]
