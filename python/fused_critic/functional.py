@@ -258,6 +258,19 @@ def gae(
         }  # fmt: skip
         jagged: GAEOutput = _jagged.packed("gae", per_token, lambda offsets, tokens: gae(**tokens, **others, cu_seqlens=offsets))
         return jagged
+    if type(rewards) is not Tensor and hasattr(rewards, "device_mesh") and (carry_masked_rewards or turn_ids is not None):
+        from . import _dtensor
+
+        per_token = {
+            "rewards": rewards, "values": values, "mask": mask, "terminated": terminated, "truncated": truncated,
+            "next_values": next_values, "turn_ids": turn_ids,
+        }  # fmt: skip
+        others = {
+            "gamma": gamma, "lam": lam, "returns_lam": returns_lam, "mask_mode": mask_mode, "bootstrap_values": bootstrap_values,
+            "cu_seqlens": cu_seqlens, "time_dim": time_dim, "carry_masked_rewards": carry_masked_rewards,
+        }  # fmt: skip
+        whole: GAEOutput = _dtensor.on_rows("gae", per_token, others, gae)
+        return whole._replace(advantages=masked_whiten(whole.advantages, mask)) if whiten else whole
     if carry_masked_rewards and mask_mode != "skip":
         raise ValueError(f"fused_critic.gae: carry_masked_rewards: expected mask_mode 'skip' beside it, got {mask_mode!r}")
     if carry_masked_rewards and mask is not None:

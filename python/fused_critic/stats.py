@@ -136,9 +136,17 @@ class ValueLossStats:
         return ValueLossStats(_merge(torch.stack([s.moments for s in stats])))
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> ValueLossStats:
-        """Merges the ranks of a ``torch.distributed`` process group (default: all) with one collective; every rank gets the same bits."""
+        """Merges the ranks of a ``torch.distributed`` process group (default: all) with one collective; every rank gets the same bits.
+
+        Statistics of a loss of DTensors are those of the whole device mesh already; merging them again is an error.
+        """
         import torch.distributed as dist
 
+        if type(self.moments) is not Tensor and hasattr(self.moments, "device_mesh"):
+            raise ValueError(
+                "fused_critic.ValueLossStats.all_reduce: expected the statistics of one rank, got those of a DTensor, which are those of its whole "
+                "device mesh; ValueLossStats(stats.moments.to_local()) merges several meshes"
+            )
         world = dist.get_world_size(group)
         gathered = self.moments.new_empty(world * self.moments.numel())
         dist.all_gather_into_tensor(gathered, self.moments.flatten(), group=group)

@@ -102,6 +102,8 @@ def _check(x: Tensor, mask: Tensor | None, group: object) -> None:
         raise ValueError(f"fused_critic.masked_whiten: mask: expected device {x.device} (that of x), got {mask.device}")
     if group is None:
         return
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
+        raise ValueError("fused_critic.masked_whiten: group: expected None beside a DTensor (its moments are those of the whole), got a group")
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"fused_critic.masked_whiten: group: expected a torch.distributed process group that this rank is in, got {type(group).__name__}"

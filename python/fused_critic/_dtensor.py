@@ -1,0 +1,255 @@
+"""DTensor: every operator runs on the rows that a rank has, and its results are DTensors again.
+
+Every operator has a dispatch rule for DTensor, below autograd, so that the public functions, the raw operators, autograd and torch.compile take
+DTensors alike, and calls without them pass nothing of this. Sequences must be whole on every rank: a mesh dimension may shard the dimension of
+the sequences (Shard(0) of [B, T], Shard(1) of [T, B], Shard(0) of what has one number per sequence) or replicate; where arguments differ in
+that, the replicated ones are cut, which needs no communication. Anything else is an error before any communication. The one exception is
+gradients on their way back, which autograd brings in whatever placement it likes: they are redistributed as torch's own operators do it.
+
+Only value_loss communicates: one all-gather of 15 numbers per rank, after its pass over the tokens, gives loss and statistics of the whole.
+Loss and statistics are replicated, with the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from ._jagged import OPERATORS
+from .stats import _SEQUENCES, _WEIGHT, NUM_MOMENTS, _merge
+
+_GRADIENTS = ("grad_loss", "grad_advantages", "grad_returns", "grad")
+_ELSEWHERE = "fused_critic.distributed has GAE for sequences cut in time, or redistribute explicitly"
+_COUNTS = {
+    "token-mean": ("batch_num_tokens", _WEIGHT),
+    "seq-mean-token-sum": ("global_batch_size", _SEQUENCES),
+    "seq-mean-token-sum-norm": ("global_batch_size", _SEQUENCES),
+    "seq-mean-token-mean": ("global_batch_size", _SEQUENCES),
+}
+
+
+def _is_shard(placement: Placement) -> bool:
+    return hasattr(placement, "dim")  # Shard, and torch's private strided one
+
+
+def _moved(placement: Any, dim: int) -> Placement:
+    """The same shards of another dimension."""
+    if placement.dim == dim:
+        return placement
+    return Shard(dim) if isinstance(placement, Shard) else type(placement)(dim, split_factor=placement.split_factor)
+
+
+class Layout:
+    """How the sequences of one call lie on the mesh, from its DTensors."""
+
+    def __init__(self, op: str, per_token: Sequence[str], tensors: dict[str, Tensor], cu_seqlens: Tensor | None, time_dim: int):
+        """per_token: names of arguments that are per token whatever their shape. tensors: all tensor arguments but cu_seqlens and residuals."""
+        self.op = op
+        reference_name = next(name for name in per_token if name in tensors)
+        reference = tensors[reference_name]
+        self.shape = reference.shape
+        packed = cu_seqlens is not None
+        # 1 or 2 dimensions, and time_dim one of them, are the operator's own checks; these hold wherever they do.
+        self.dim = None if packed or len(self.shape) != 2 else 1 - time_dim % 2
+        mesh: DeviceMesh | None = None
+        for name, x in tensors.items() if cu_seqlens is None else (*tensors.items(), ("cu_seqlens", cu_seqlens)):
+            if not isinstance(x, DTensor):
+                if x.dim() == 0:
+                    continue  # a number
+                raise ValueError(
+                    f"fused_critic.{op}: {name}: expected a DTensor beside other DTensors, got a torch.Tensor; distribute all tensors but numbers"
+                )
+            mesh = mesh or x.device_mesh
+            if x.device_mesh != mesh:
+                raise ValueError(f"fused_critic.{op}: {name}: expected the device mesh {mesh} (that of the others), got {x.device_mesh}")
+        assert mesh is not None
+        self.mesh = mesh
+        self.kinds = {name: self._kind(name, x, name in per_token, reference_name) for name, x in tensors.items()}
+        self.tokens: list[Placement] = [Replicate() for _ in range(mesh.ndim)]
+        for name, x in tensors.items():
+            if isinstance(x, DTensor) and self.kinds[name] != "number":
+                self._take(name, x)
+        self.sequences: list[Placement] = [_moved(p, 0) if _is_shard(p) else p for p in self.tokens]
+        self.whole: list[Placement] = [Replicate() for _ in range(mesh.ndim)]
+        self.sum: list[Placement] = [Partial() if _is_shard(p) else p for p in self.tokens]
+        if cu_seqlens is not None:
+            self._whole("cu_seqlens", cu_seqlens)
+
+    @property
+    def num_sequences(self) -> int:
+        """Of a 2-d layout."""
+        return 1 if self.dim is None else self.shape[self.dim]
+
+    @property
+    def parts(self) -> int:
+        """Ranks that have different rows."""
+        parts = 1
+        for i, placement in enumerate(self.tokens):
+            parts *= self.mesh.size(i) if _is_shard(placement) else 1
+        return parts
+
+    def _kind(self, name: str, x: Tensor, is_per_token: bool, reference_name: str) -> str:
+        # Shapes are compared here, where they are those of the whole: a rank that found its part to differ would leave the others alone.
+        if is_per_token and x.shape != self.shape:
+            raise ValueError(
+                f"fused_critic.{self.op}: {name}: expected shape {list(self.shape)} (that of {reference_name}), got {list(x.shape)}; nothing is broadcast"
+            )
+        if x.shape == self.shape:
+            return "token"
+        if x.dim() == 0:
+            return "number"
+        if self.dim is not None and tuple(x.shape) != (self.num_sequences,):
+            raise ValueError(
+                f"fused_critic.{self.op}: {name}: expected shape [{self.num_sequences}] (one value per sequence), a number or shape {list(self.shape)}, "
+                f"got {list(x.shape)}"
+            )
+        return "sequence"
+
+    def _take(self, name: str, x: DTensor) -> None:
+        """The placements of all tokens follow any argument that is sharded in its sequences."""
+        own = self.dim if self.kinds[name] == "token" else (0 if self.dim is not None else None)
+        for i, placement in enumerate(x.placements):
+            if isinstance(placement, Replicate) or (name in _GRADIENTS and not (_is_shard(placement) and placement.dim == own)):
+                continue
+            if not _is_shard(placement) or placement.dim != own:
+                expected = "Replicate()" if own is None else f"Shard({own}) or Replicate()"
+                raise ValueError(
+                    f"fused_critic.{self.op}: {name}: expected {expected} on every mesh dimension (whole sequences on every rank), "
+                    f"got {placement} on mesh dimension {i}; {_ELSEWHERE}"
+                )
+            assert self.dim is not None
+            wanted = _moved(placement, self.dim)
+            if _is_shard(self.tokens[i]) and self.tokens[i] != wanted:
+                raise ValueError(f"fused_critic.{self.op}: {name}: expected {self.tokens[i]} on mesh dimension {i} (as other arguments have), got {wanted}")
+            self.tokens[i] = wanted
+
+    def _whole(self, name: str, x: Any) -> None:
+        for i, placement in enumerate(x.placements):
+            if not isinstance(placement, Replicate):
+                raise ValueError(
+                    f"fused_critic.{self.op}: {name}: expected Replicate() on every mesh dimension, got {placement} on mesh dimension {i}; {_ELSEWHERE}"
+                )
+
+    def local(self, name: str, x: Tensor) -> Tensor:
+        """This rank's part of an argument."""
+        if not isinstance(x, DTensor):
+            return x
+        kind = self.kinds.get(name, "number")
+        placements = {"token": self.tokens, "sequence": self.sequences, "number": self.whole}[kind]
+        if list(x.placements) != placements:
+            x = x.redistribute(placements=placements)
+        return x.to_local()
+
+    def distributed(self, x: Tensor, placements: list[Placement], shape: Sequence[int]) -> DTensor:
+        """A DTensor of this shape, x being this rank's part."""
+        if len(shape) == 2:
+            stride = (shape[1], 1) if x.is_contiguous() else (1, shape[0])
+        else:
+            stride = (1,) * len(shape)
+        return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def result(self, x: Tensor, kind: str) -> DTensor:
+        if kind == "token":
+            return self.distributed(x, self.tokens, self.shape)
+        if kind == "sequence" and self.dim is not None:
+            return self.distributed(x, self.sequences, (self.num_sequences,))
+        if kind == "number":
+            return self.distributed(x, self.sum, ())
+        return self.distributed(x, self.whole, x.shape)
+
+    def merged(self, moments: Tensor) -> Tensor:
+        """All parts' rows of numbers, [parts, n], from this rank's [n]."""
+        rows: list[Placement] = [Shard(0) if _is_shard(p) else p for p in self.tokens]
+        return self.distributed(moments.unsqueeze(0), rows, (self.parts, moments.shape[0])).redistribute(placements=self.whole).to_local()
+
+
+def _value_loss(layout: Layout, call: dict[str, Any], run: Any) -> tuple[DTensor, DTensor, DTensor]:
+    reduction, clamp = call.get("reduction", "token-mean"), call.get("loss_clamp") is not None
+    count_name, count_moment = _COUNTS.get(reduction, (None, None))
+    # Where no count is given, the parts' sums are divided by the whole's count afterwards: so one exchange serves loss, count and statistics.
+    divide = count_name is not None and call.get(count_name) is None and call.get("dp_size", 1.0) == 1
+    if divide:
+        call = call | {count_name: torch.ones((), dtype=torch.float64) if run._overloadname == "tensor" else 1.0}
+    loss, moments, residuals = run(**call)
+    per_token = reduction == "none"
+    row = moments if per_token else torch.cat([moments, loss.to(torch.float64).unsqueeze(0)])
+    rows = layout.merged(row)
+    total = _merge(rows[:, :NUM_MOMENTS])
+    if not per_token:
+        whole = rows[:, NUM_MOMENTS].sum()
+        if divide:
+            count = total[count_moment]
+            scale = torch.where(count > 0, 1 / count, 0.0)
+            whole = torch.where(count > 0, whole * scale, 0.0)
+            residuals = torch.cat([residuals[:1] * scale, residuals[1:]])
+        loss = whole.to(loss.dtype)
+    if reduction == "seq-mean-token-mean":  # its own for each rank: factors of its rows, beside a few numbers
+        kept: list[Placement] = [Shard(0) if _is_shard(p) else p for p in layout.tokens]
+        numbers = 3 + clamp
+        residuals = layout.distributed(residuals, kept, (layout.parts * numbers + layout.num_sequences if layout.dim is not None else residuals.shape[0],))
+    else:
+        residuals = layout.distributed(residuals, layout.whole, residuals.shape)
+    loss = layout.result(loss, "token") if per_token else layout.distributed(loss, layout.whole, ())
+    return loss, layout.distributed(total, layout.whole, total.shape), residuals
+
+
+def _kinds_of_results(name: str, call: dict[str, Any], layout: Layout) -> list[str]:
+    if name == "gae_backward":
+        rewards, values, next_values, bootstrap = call["wanted"]
+        has_next = call["has_next_values"]
+        tokens = (rewards, values, next_values and has_next)
+        return ["token" if wanted else "none" for wanted in tokens] + ["sequence" if bootstrap and not has_next else "none"]
+    if name == "reverse_scan_backward":
+        kinds = ("token", layout.kinds["decay"], "sequence")
+        return [kind if wanted else "none" for kind, wanted in zip(kinds, call["wanted"])]
+    return ["token"] * len(OPERATORS[name].per_token_results(call))
+
+
+def _rule(name: str) -> Callable[..., Any]:
+    def rule(cls: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        call = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        given = {key: x for key, x in call.items() if isinstance(x, Tensor)}
+        tensors = {key: x for key, x in given.items() if key not in ("cu_seqlens", "residuals")}
+        with torch.no_grad():
+            layout = Layout(name, OPERATORS[name].per_token, tensors, given.get("cu_seqlens"), call.get("time_dim", -1))
+            local = call | {key: layout.local(key, x) for key, x in tensors.items()}
+            for key in ("cu_seqlens", "residuals"):
+                if key in given:
+                    local[key] = call[key].to_local()
+            if name == "value_loss":
+                return _value_loss(layout, local, func)
+            results = func(**local)
+            if isinstance(results, Tensor):
+                return layout.result(results, "token")
+            kinds = _kinds_of_results(name, call, layout)
+            wrapped = [layout.result(x, kind) for x, kind in zip(results, kinds)]
+            if name == "reverse_scan_backward" and kinds[1] == "number" and not isinstance(call["decay"], DTensor):
+                wrapped[1] = wrapped[1].full_tensor()  # the gradient of a plain number is one
+            return tuple(wrapped)
+
+    return rule
+
+
+def on_rows(op: str, per_token: dict[str, Tensor | None], others: dict[str, Any], call: Callable[..., Any]) -> Any:
+    """``call(**per_token, **others)`` on the rows of this rank, differentiable: for what is made of several operators. All results are per token."""
+    tokens = {name: x for name, x in per_token.items() if x is not None}
+    tensors = tokens | {name: x for name, x in others.items() if isinstance(x, Tensor) and name != "cu_seqlens"}
+    cu_seqlens = others.get("cu_seqlens")
+    layout = Layout(op, tuple(tokens), tensors, cu_seqlens, others.get("time_dim", -1))
+    local = per_token | others | {name: layout.local(name, x) for name, x in tensors.items()}
+    if cu_seqlens is not None:
+        local["cu_seqlens"] = cu_seqlens.to_local()
+    results = call(**local)
+    return type(results)(*(layout.result(x, "token") for x in results))
+
+
+for _name in OPERATORS:
+    _packet = getattr(torch.ops.fused_critic, _name)
+    for _overload in _packet.overloads():
+        torch.library.register_torch_dispatch(getattr(_packet, _overload), DTensor, _rule(_name))
