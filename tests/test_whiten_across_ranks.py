@@ -90,7 +90,7 @@ def compare_one_valid_everywhere(rank):
 def same_bits_on_every_rank(rank):
     generator = torch.Generator().manual_seed(rank)
     moments = torch.rand(3, dtype=torch.float64, generator=generator)
-    merged = torch.stack(whiten._merge_over_ranks(moments, dist.group.WORLD))
+    merged = torch.stack(whiten._merge(whiten._gather(moments, dist.group.WORLD)))
     everywhere = [torch.empty_like(merged) for _ in range(RANKS)]
     dist.all_gather(everywhere, merged)
     for other in everywhere:

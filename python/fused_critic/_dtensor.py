@@ -12,6 +12,7 @@ Loss and statistics are replicated, with the same bits on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,20 @@ def _moved(placement: Any, dim: int) -> Placement:
     if placement.dim == dim:
         return placement
     return Shard(dim) if isinstance(placement, Shard) else type(placement)(dim, split_factor=placement.split_factor)
+
+
+def _num_parts(mesh: DeviceMesh, placements: Sequence[Placement]) -> int:
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if _is_shard(placement))
+
+
+def _gathered(numbers: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """The numbers [n] of all parts that placements cut a tensor into, [parts, n]: one all-gather for each mesh dimension that shards. Differentiable."""
+    rows: list[Placement] = [Shard(0) if _is_shard(p) else p for p in placements]
+    shape = (_num_parts(mesh, placements), numbers.shape[0])
+    parts = DTensor.from_local(numbers.unsqueeze(0), mesh, rows, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1))
+    # Every part has a gradient of its own for what all of them read.
+    gradients: list[Placement] = [Partial() if _is_shard(p) else p for p in placements]
+    return parts.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=gradients)
 
 
 class Layout:
@@ -89,10 +104,7 @@ class Layout:
     @property
     def parts(self) -> int:
         """Ranks that have different rows."""
-        parts = 1
-        for i, placement in enumerate(self.tokens):
-            parts *= self.mesh.size(i) if _is_shard(placement) else 1
-        return parts
+        return _num_parts(self.mesh, self.tokens)
 
     def _kind(self, name: str, x: Tensor, is_per_token: bool, reference_name: str) -> str:
         # Shapes are compared here, where they are those of the whole: a rank that found its part to differ would leave the others alone.
@@ -163,10 +175,8 @@ class Layout:
             return self.distributed(x, self.sum, ())
         return self.distributed(x, self.whole, x.shape)
 
-    def merged(self, moments: Tensor) -> Tensor:
-        """All parts' rows of numbers, [parts, n], from this rank's [n]."""
-        rows: list[Placement] = [Shard(0) if _is_shard(p) else p for p in self.tokens]
-        return self.distributed(moments.unsqueeze(0), rows, (self.parts, moments.shape[0])).redistribute(placements=self.whole).to_local()
+    def merged(self, numbers: Tensor) -> Tensor:
+        return _gathered(numbers, self.mesh, self.tokens)
 
 
 def _value_loss(layout: Layout, call: dict[str, Any], run: Any) -> tuple[DTensor, DTensor, DTensor]:
@@ -247,6 +257,35 @@ def on_rows(op: str, per_token: dict[str, Tensor | None], others: dict[str, Any]
         local["cu_seqlens"] = cu_seqlens.to_local()
     results = call(**local)
     return type(results)(*(layout.result(x, "token") for x in results))
+
+
+def whiten(x: Tensor, mask: Tensor | None, call: Callable[..., Tensor]) -> DTensor:
+    """``call(x, mask, gather)`` on this rank's part, cut in any dimension; ``gather`` gives all parts' numbers."""
+    op = "masked_whiten"
+    for name, tensor in (("x", x), ("mask", mask)):
+        if tensor is not None and not isinstance(tensor, DTensor):
+            raise ValueError(f"fused_critic.{op}: {name}: expected a DTensor beside a DTensor, got a torch.Tensor")
+    assert isinstance(x, DTensor)
+    if any(isinstance(placement, Partial) for placement in x.placements):
+        raise ValueError(f"fused_critic.{op}: x: expected Shard or Replicate on every mesh dimension, got {x.placements}; redistribute explicitly")
+    local_mask = None
+    if isinstance(mask, DTensor):
+        if mask.shape != x.shape:
+            raise ValueError(
+                f"fused_critic.{op}: mask: expected shape {list(x.shape)} (that of x), got {list(mask.shape)}; nothing is broadcast"
+            )
+        if mask.device_mesh != x.device_mesh or any(theirs not in (own, Replicate()) for theirs, own in zip(mask.placements, x.placements)):
+            raise ValueError(
+                f"fused_critic.{op}: mask: expected the device mesh and placements of x ({x.placements}), or Replicate(), got {mask.placements}; "
+                "redistribute explicitly"
+            )
+        if mask.placements != x.placements:
+            mask = mask.redistribute(placements=x.placements)
+        local_mask = mask.to_local()
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"fused_critic.{op}: x: expected a floating dtype, got {x.dtype}")
+    whitened = call(x.to_local(), local_mask, lambda moments: _gathered(moments, x.device_mesh, x.placements))
+    return DTensor.from_local(whitened, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 for _name in OPERATORS:

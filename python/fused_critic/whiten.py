@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def masked_whiten(
     ``group`` is given.
 
     Args:
-        x: any shape, floating; or a jagged nested tensor [B, T*].
+        x: any shape, floating; or a jagged nested tensor [B, T*]; or a DTensor, sharded in any dimension or replicated, whose mean and variance
+            are those of the whole: one all-gather of three numbers, differentiable.
         mask: the shape of ``x`` (jagged beside a jagged ``x``), non-zero: valid. None: all valid.
         shift_mean: False adds the mean back.
         unbiased: divide the sum of squares by n - 1 rather than n.
@@ -44,7 +46,20 @@ def masked_whiten(
         options: dict[str, Any] = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
         jagged: Tensor = _jagged.packed("masked_whiten", {"x": x, "mask": mask}, lambda offsets, tokens: masked_whiten(**tokens, **options))
         return jagged
+    if any(x is not None and type(x) is not Tensor and hasattr(x, "device_mesh") for x in (x, mask)):
+        from . import _dtensor
+
+        if group is not None:
+            raise ValueError("fused_critic.masked_whiten: group: expected None beside a DTensor, whose moments are those of its device mesh")
+        return _dtensor.whiten(x, mask, lambda x, mask, gather: _whiten(x, mask, shift_mean, unbiased, eps, gather))
     _check(x, mask, group)
+    return _whiten(x, mask, shift_mean, unbiased, eps, None if group is None else lambda moments: _gather(moments, group))
+
+
+def _whiten(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float, gather: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """gather: from this rank's moments [3] those of all ranks, [ranks, 3]."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(dtype)
     if mask is None:
@@ -60,8 +75,8 @@ def masked_whiten(
         centred = torch.where(valid, centred, 0.0)
     offset = _sum(centred) / count  # of the mean from the centre
     squares = _sum(centred.square()) - count * offset * offset
-    if group is not None:
-        n, mean, squares = _merge_over_ranks(torch.stack([n, centre + offset, squares]), group)
+    if gather is not None:
+        n, mean, squares = _merge(gather(torch.stack([n, centre + offset, squares])))
         offset = mean - centre
     variance = squares / (n - 1 if unbiased else n).clamp(min=1)
     scale = torch.where(n > 1, torch.rsqrt(variance + eps), 0.0)
@@ -79,13 +94,17 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(-1).sum(dtype=torch.float64)
 
 
-def _merge_over_ranks(moments: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations of all ranks' positions together, from [3] of this rank."""
+def _gather(moments: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
     import torch.distributed as dist
 
     gathered = moments.new_empty(dist.get_world_size(group) * moments.numel())
     dist.all_gather_into_tensor(gathered, moments, group=group)  # torch.compile makes a functional collective of it
-    counts, means, squares = gathered.view(-1, moments.numel()).unbind(1)
+    return gathered.view(-1, moments.numel())
+
+
+def _merge(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations of all ranks' positions together, from [3] of each."""
+    counts, means, squares = rows.unbind(1)
     n = counts.sum()
     mean = (counts * means).sum() / n.clamp(min=1)
     return n, mean, (squares + counts * (means - mean).square()).sum()
@@ -102,8 +121,6 @@ def _check(x: Tensor, mask: Tensor | None, group: object) -> None:
         raise ValueError(f"fused_critic.masked_whiten: mask: expected device {x.device} (that of x), got {mask.device}")
     if group is None:
         return
-    if type(x) is not Tensor and hasattr(x, "device_mesh"):
-        raise ValueError("fused_critic.masked_whiten: group: expected None beside a DTensor (its moments are those of the whole), got a group")
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"fused_critic.masked_whiten: group: expected a torch.distributed process group that this rank is in, got {type(group).__name__}"
