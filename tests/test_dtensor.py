@@ -96,7 +96,11 @@ def both(layout, call, tensors, differentiable):
         given = {name: make(x.detach()).requires_grad_(name in differentiable) for name, x in tensors.items()}
         results = [x for x in call(**given)]
         cotangents = [make_cotangent(x, i, make, layout) for i, x in enumerate(results) if x.requires_grad]
-        gradients = torch.autograd.grad([x for x in results if x.requires_grad], [given[n] for n in differentiable], cotangents) if differentiable else []
+        gradients = (
+            torch.autograd.grad([x for x in results if x.requires_grad], [given[n] for n in differentiable], cotangents)
+            if differentiable
+            else []
+        )
         outcomes.append((results, list(gradients), given))
     (results, gradients, _), (got, got_gradients, given) = outcomes
     for a, b in zip(got, results):
@@ -138,9 +142,7 @@ def loss_like_one_process(world):
             ][(i + 2 * seed) % 4]
 
             def call(values, old_values, returns, mask, options=options, reduction=reduction):
-                out = fused_critic.value_loss(
-                    values, old_values, returns, mask, **options, reduction=reduction, time_dim=layout.time_dim
-                )
+                out = fused_critic.value_loss(values, old_values, returns, mask, **options, reduction=reduction, time_dim=layout.time_dim)
                 return out.loss, per_token(out.stats)
 
             both(layout, call, {n: d[n] for n in ("values", "old_values", "returns")} | {"mask": mask}, ["values"])
@@ -313,7 +315,12 @@ def whitening_like_one_process(world):
         assert len(collectives.names) == sum(isinstance(p, Shard) for p in x.placements), collectives.names
         assert collectives.largest <= 3 * world, collectives.largest
         if mesh.ndim == 1:  # cut in time: no matter here
-            both(Distribute(mesh, lambda dim: [Shard(1)], -1), lambda x, mask: [fused_critic.masked_whiten(x, mask)], {"x": d["x"], "mask": d["mask"]}, ["x"])
+            both(
+                Distribute(mesh, lambda dim: [Shard(1)], -1),
+                lambda x, mask: [fused_critic.masked_whiten(x, mask)],
+                {"x": d["x"], "mask": d["mask"]},
+                ["x"],
+            )
 
 
 def replicated_beside_sharded(world):
@@ -383,11 +390,17 @@ def errors_come_before_any_collective(world):
         (lambda: fused_critic.reverse_scan(flat, 0.9), r"reverse_scan: x: expected Replicate\(\) on every mesh dimension"),
         (lambda: fused_critic.value_loss(flat, flat, flat, cu_seqlens=bounds), r"value_loss: values: expected Replicate\(\) on"),
         (lambda: fused_critic.gae(rows, rows, gamma=1, lam=1, cu_seqlens=bounds), r"gae: rewards: expected Replicate\(\) on"),
-        (lambda: fused_critic.value_loss(rows, x, rows), r"value_loss: old_values: expected a DTensor beside other DTensors, got a torch.Tensor"),
+        (
+            lambda: fused_critic.value_loss(rows, x, rows),
+            r"value_loss: old_values: expected a DTensor beside other DTensors, got a torch.Tensor",
+        ),
         (lambda: fused_critic.value_loss(x, x, rows), r"value_loss: values: expected a DTensor beside other DTensors"),
         (lambda: fused_critic.gae(rows, rows, gamma=1, lam=x[:, 0]), r"gae: lam: expected a DTensor beside other DTensors"),
         (lambda: fused_critic.value_loss(rows, rows, fewer), r"value_loss: returns: expected shape \[11, 13\]"),
-        (lambda: fused_critic.gae(rows, rows, gamma=1, lam=1, bootstrap_values=fewer_numbers), r"gae: bootstrap_values: expected shape \[11\]"),
+        (
+            lambda: fused_critic.gae(rows, rows, gamma=1, lam=1, bootstrap_values=fewer_numbers),
+            r"gae: bootstrap_values: expected shape \[11\]",
+        ),
         (lambda: fused_critic.value_loss(rows, rows, rows, dp_size=2), r"value_loss: dp_size: expected batch_num_tokens"),
         (lambda: fused_critic.value_loss(rows, rows, rows, clip_range=-1.0), r"value_loss: clip_range: expected"),
         (lambda: fused_critic.masked_whiten(rows, group=dist.group.WORLD), r"masked_whiten: group: expected None beside a DTensor"),

@@ -36,14 +36,19 @@ _COUNTS = {
 
 
 def _is_shard(placement: Placement) -> bool:
-    return hasattr(placement, "dim")  # Shard, and torch's private strided one
+    return _dim(placement) is not None  # Shard, and torch's private strided one
+
+
+def _dim(placement: Any) -> int | None:
+    return getattr(placement, "dim", None)
 
 
 def _moved(placement: Any, dim: int) -> Placement:
     """The same shards of another dimension."""
-    if placement.dim == dim:
-        return placement
-    return Shard(dim) if isinstance(placement, Shard) else type(placement)(dim, split_factor=placement.split_factor)
+    moved: Placement = placement
+    if placement.dim != dim:
+        moved = Shard(dim) if isinstance(placement, Shard) else type(placement)(dim, split_factor=placement.split_factor)
+    return moved
 
 
 def _num_parts(mesh: DeviceMesh, placements: Sequence[Placement]) -> int:
@@ -127,9 +132,9 @@ class Layout:
         """The placements of all tokens follow any argument that is sharded in its sequences."""
         own = self.dim if self.kinds[name] == "token" else (0 if self.dim is not None else None)
         for i, placement in enumerate(x.placements):
-            if isinstance(placement, Replicate) or (name in _GRADIENTS and not (_is_shard(placement) and placement.dim == own)):
+            if isinstance(placement, Replicate) or (name in _GRADIENTS and not (_is_shard(placement) and _dim(placement) == own)):
                 continue
-            if not _is_shard(placement) or placement.dim != own:
+            if not _is_shard(placement) or _dim(placement) != own:
                 expected = "Replicate()" if own is None else f"Shard({own}) or Replicate()"
                 raise ValueError(
                     f"fused_critic.{self.op}: {name}: expected {expected} on every mesh dimension (whole sequences on every rank), "
@@ -138,7 +143,9 @@ class Layout:
             assert self.dim is not None
             wanted = _moved(placement, self.dim)
             if _is_shard(self.tokens[i]) and self.tokens[i] != wanted:
-                raise ValueError(f"fused_critic.{self.op}: {name}: expected {self.tokens[i]} on mesh dimension {i} (as other arguments have), got {wanted}")
+                raise ValueError(
+                    f"fused_critic.{self.op}: {name}: expected {self.tokens[i]} on mesh dimension {i} (as other arguments have), got {wanted}"
+                )
             self.tokens[i] = wanted
 
     def _whole(self, name: str, x: Any) -> None:
@@ -160,6 +167,7 @@ class Layout:
 
     def distributed(self, x: Tensor, placements: list[Placement], shape: Sequence[int]) -> DTensor:
         """A DTensor of this shape, x being this rank's part."""
+        stride: tuple[int, ...]
         if len(shape) == 2:
             stride = (shape[1], 1) if x.is_contiguous() else (1, shape[0])
         else:
@@ -181,9 +189,9 @@ class Layout:
 
 def _value_loss(layout: Layout, call: dict[str, Any], run: Any) -> tuple[DTensor, DTensor, DTensor]:
     reduction, clamp = call.get("reduction", "token-mean"), call.get("loss_clamp") is not None
-    count_name, count_moment = _COUNTS.get(reduction, (None, None))
+    count_name, count_moment = _COUNTS.get(reduction, ("", 0))
     # Where no count is given, the parts' sums are divided by the whole's count afterwards: so one exchange serves loss, count and statistics.
-    divide = count_name is not None and call.get(count_name) is None and call.get("dp_size", 1.0) == 1
+    divide = reduction in _COUNTS and call.get(count_name) is None and call.get("dp_size", 1.0) == 1
     if divide:
         call = call | {count_name: torch.ones((), dtype=torch.float64) if run._overloadname == "tensor" else 1.0}
     loss, moments, residuals = run(**call)
@@ -202,7 +210,9 @@ def _value_loss(layout: Layout, call: dict[str, Any], run: Any) -> tuple[DTensor
     if reduction == "seq-mean-token-mean":  # its own for each rank: factors of its rows, beside a few numbers
         kept: list[Placement] = [Shard(0) if _is_shard(p) else p for p in layout.tokens]
         numbers = 3 + clamp
-        residuals = layout.distributed(residuals, kept, (layout.parts * numbers + layout.num_sequences if layout.dim is not None else residuals.shape[0],))
+        residuals = layout.distributed(
+            residuals, kept, (layout.parts * numbers + layout.num_sequences if layout.dim is not None else residuals.shape[0],)
+        )
     else:
         residuals = layout.distributed(residuals, layout.whole, residuals.shape)
     loss = layout.result(loss, "token") if per_token else layout.distributed(loss, layout.whole, ())
@@ -238,9 +248,9 @@ def _rule(name: str) -> Callable[..., Any]:
             if isinstance(results, Tensor):
                 return layout.result(results, "token")
             kinds = _kinds_of_results(name, call, layout)
-            wrapped = [layout.result(x, kind) for x, kind in zip(results, kinds)]
+            wrapped: list[Tensor] = [layout.result(x, kind) for x, kind in zip(results, kinds)]
             if name == "reverse_scan_backward" and kinds[1] == "number" and not isinstance(call["decay"], DTensor):
-                wrapped[1] = wrapped[1].full_tensor()  # the gradient of a plain number is one
+                wrapped[1] = layout.result(results[1], "number").full_tensor()  # the gradient of a plain number is one
             return tuple(wrapped)
 
     return rule
@@ -267,7 +277,9 @@ def whiten(x: Tensor, mask: Tensor | None, call: Callable[..., Tensor]) -> DTens
             raise ValueError(f"fused_critic.{op}: {name}: expected a DTensor beside a DTensor, got a torch.Tensor")
     assert isinstance(x, DTensor)
     if any(isinstance(placement, Partial) for placement in x.placements):
-        raise ValueError(f"fused_critic.{op}: x: expected Shard or Replicate on every mesh dimension, got {x.placements}; redistribute explicitly")
+        raise ValueError(
+            f"fused_critic.{op}: x: expected Shard or Replicate on every mesh dimension, got {x.placements}; redistribute explicitly"
+        )
     local_mask = None
     if isinstance(mask, DTensor):
         if mask.shape != x.shape:

@@ -126,6 +126,12 @@ def value_loss(
     Instead of ``cu_seqlens`` and ``time_dim``, all per-token arguments may be jagged nested tensors [B, T*] (``torch.nested``,
     ``layout=torch.jagged``) that share one offsets tensor; they are read as they lie, and a per-token result is jagged with the same offsets.
 
+    All tensors but 0-d numbers may be DTensors (``torch.distributed.tensor``) on one mesh whose dimensions shard the sequences (``Shard(0)`` of
+    [B, T] and of one number per sequence, ``Shard(1)`` of [T, B], uneven or empty shards too) or replicate; replicated arguments beside sharded
+    ones are cut. Loss, denominators and statistics are those of the whole, replicated, for one all-gather of 15 numbers per rank and sharded mesh
+    dimension; the gradient needs no communication; a given count and ``dp_size`` mean what they mean without DTensors. Sequences cut in time,
+    and packed ones that are not replicated, are a ValueError before any communication.
+
     Raises:
         ValueError: shapes that differ (nothing is broadcast), devices that differ, bad ``cu_seqlens``, numbers out of range, unknown names, a
             missing ``old_values`` or global count, an input other than ``values`` that requires grad, what does not go beside a ``group``.
@@ -239,7 +245,7 @@ def gae(
             makes that the same, and leaves the values as the returns of masked tokens, which are 0 here.)
         whiten: whiten the advantages over the valid positions as :func:`masked_whiten` does. The returns are not affected.
 
-    Jagged nested tensors: as for :func:`value_loss`; ``bootstrap_values`` stays [B].
+    Jagged nested tensors and DTensors: as for :func:`value_loss`; ``bootstrap_values`` stays [B]. DTensors need no communication, but for ``whiten``.
 
     Raises:
         ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma``, ``lam`` or ``returns_lam`` out of range or with

@@ -50,7 +50,9 @@ def masked_whiten(
         from . import _dtensor
 
         if group is not None:
-            raise ValueError("fused_critic.masked_whiten: group: expected None beside a DTensor, whose moments are those of its device mesh")
+            raise ValueError(
+                "fused_critic.masked_whiten: group: expected None beside a DTensor, whose moments are those of its device mesh"
+            )
         return _dtensor.whiten(x, mask, lambda x, mask, gather: _whiten(x, mask, shift_mean, unbiased, eps, gather))
     _check(x, mask, group)
     return _whiten(x, mask, shift_mean, unbiased, eps, None if group is None else lambda moments: _gather(moments, group))
