@@ -187,7 +187,9 @@ def gencode_flags(architectures: str) -> list[str]:
     for entry in entries:
         number = entry[1].replace(".", "")
         generation = max((g for g in PTX_GENERATIONS if release(g) <= release(entry[1])), key=release, default=entry[1]).replace(".", "")
-        targets += [f"arch=compute_{generation},code=sm_{number}"] + [f"arch=compute_{generation},code=compute_{generation}"] * bool(entry[2])
+        targets.append(f"arch=compute_{generation},code=sm_{number}")
+        if entry[2]:
+            targets.append(f"arch=compute_{generation},code=compute_{generation}")
     return [f"-gencode={target}" for target in dict.fromkeys(targets)]
 
 
