@@ -20,7 +20,7 @@ from . import accuracy, cases, goals, harness, plots, report
 from .contenders import OURS, registry
 from .device import Device, cpu_name
 
-FULL = dict(rounds=40, block_seconds=1e-3, seconds_per_contender=0.4, patience_seconds=1.0, compilers=True)
+FULL = dict(rounds=40, block_seconds=4e-3, seconds_per_contender=0.4, patience_seconds=1.0, compilers=True)
 QUICK = dict(rounds=5, block_seconds=5e-4, seconds_per_contender=0.1, patience_seconds=0.0, compilers=True)
 SMOKE = dict(rounds=2, block_seconds=0.0, seconds_per_contender=0.0, patience_seconds=0.0, compilers=False)
 SMOKE_FLUSH = 2**20  # bytes

@@ -51,6 +51,7 @@ class Settings:
 
 
 LEAST_ROUNDS = 3
+SIZING_RUNS = 3
 LEAST_UNDISTURBED = 5  # runs without a preemption that are enough to leave those with one out
 
 
@@ -169,8 +170,8 @@ class _Job:
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         timed = device.host if case.is_call else device.warm
-        if self.cache == "warm" and not self.times:  # how many runs fill a block
-            self.repeats = max(1, int(settings.block_seconds / max(timed(self.run, 1).seconds, 1e-7)))
+        if self.cache == "warm" and not self.times:  # how many runs fill a block; the first run ever tells nothing of that
+            self.repeats = max(1, int(settings.block_seconds / max(min(timed(self.run, 1).seconds for _ in range(SIZING_RUNS)), 1e-7)))
         seconds, disturbed = device.cold(self.run) if self.cache == "cold" else timed(self.run, self.repeats)
         self.spent += seconds * self.repeats
         self.times.append(seconds)
