@@ -238,6 +238,44 @@ def gae_like_one_process(world):
             both(layout, factors, tensors, ["rewards", "values", "next_values"])
 
 
+def gae_of_sequences_cut_in_time(world):
+    """On a flat mesh, and on one whose other dimension shards or replicates the rows."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    layouts = [(init_device_mesh("cpu", (world,)), lambda rows, time: [Shard(time)])]
+    if world >= 4:
+        grid = init_device_mesh("cpu", (2, world // 2))
+        layouts += [(grid, lambda rows, time: [Shard(rows), Shard(time)]), (grid, lambda rows, time: [Shard(time), Replicate()])]
+    for seed, (mesh, placements) in enumerate(layouts):
+        d = data(seed)
+        per_row = torch.rand(ROWS, generator=torch.Generator().manual_seed(seed))
+        for time_dim in (-1, 0):
+            own = placements(*((1, 0) if time_dim == 0 else (0, 1)))
+            per_sequence = [Shard(0) if p == Shard(1 if time_dim == 0 else 0) else Replicate() for p in own]
+
+            def make(x, distribute):
+                x = x.t().contiguous() if x.dim() == 2 and time_dim == 0 else x
+                return distribute_tensor(x, mesh, own if x.dim() == 2 else per_sequence) if distribute else x
+
+            def given(distribute, **options):
+                tensors = {"rewards": d["x"], "values": d["values"], "mask": d["mask"], "terminated": d["flags"], **options}
+                return {name: make(x, distribute) for name, x in tensors.items()}
+
+            numbers = {"gamma": 0.9, "lam": 0.8, "time_dim": time_dim}
+            for whiten, options in (
+                (False, {"bootstrap_values": per_row}),
+                (True, {}),
+                (False, {"next_values": d["y"], "truncated": d["flags"]}),
+            ):
+                tensors = given(True, **options)
+                with Collectives() as collectives:
+                    got = fused_critic.gae(**tensors, **numbers, whiten=whiten)
+                assert collectives.names and collectives.largest <= 2 * ROWS * world  # carries, never tokens
+                for a, b in zip(got, fused_critic.gae(**given(False, **options), **numbers, whiten=whiten)):
+                    assert tuple(a.placements) == tuple(own)
+                    same(a, b)
+
+
 def gae_of_several_operators(world):
     """What gae composes, and whitening over the whole."""
     for seed, (mesh, placements) in enumerate(meshes(world)):
@@ -381,12 +419,21 @@ def errors_come_before_any_collective(world):
     partial = DTensor.from_local(x, mesh, [Partial()])
     fewer, fewer_numbers = distribute_tensor(x[1:].clone(), mesh, [Shard(0)]), distribute_tensor(x[1:, 0].clone(), mesh, [Shard(0)])
     whole_sequences = r"expected Shard\(0\) or Replicate\(\) on every mesh dimension \(whole sequences on every rank\), got "
-    redistribute = r"fused_critic.distributed has GAE for sequences cut in time, or redistribute explicitly"
+    redistribute = r"sequences cut in time are for fused_critic.gae alone, or redistribute explicitly"
     cases = [
-        (lambda: fused_critic.gae(columns, columns, gamma=1, lam=1), rf"gae: rewards: {whole_sequences}S.*1.*; {redistribute}"),
+        (lambda: fused_critic.reverse_scan(columns, 0.9), rf"reverse_scan: x: {whole_sequences}S.*1.*; {redistribute}"),
+        (lambda: torch.ops.fused_critic.gae(columns, columns, gamma=1, lam=1), rf"gae: rewards: {whole_sequences}S.*1"),
+        (
+            lambda: fused_critic.gae(columns, rows, gamma=1, lam=1),
+            r"gae: values: expected .*S.*1.* on the mesh of rewards, which are cut in time",
+        ),
+        (
+            lambda: fused_critic.gae(columns, columns, gamma=1, lam=1, returns_lam=0.9),
+            r"gae: rewards: expected whole sequences on every rank",
+        ),
         (lambda: fused_critic.gae(rows, rows, columns, gamma=1, lam=1), rf"gae: mask: {whole_sequences}S.*1"),
         (lambda: fused_critic.value_loss(rows, rows, partial), rf"value_loss: returns: {whole_sequences}P"),
-        (lambda: fused_critic.gae(rows, rows, gamma=1, lam=1, time_dim=0), r"gae: rewards: expected Shard\(1\) or Replicate\(\)"),
+        (lambda: fused_critic.vtrace(rows, rows, rows, gamma=1, time_dim=0), r"vtrace: rewards: expected Shard\(1\) or Replicate\(\)"),
         (lambda: fused_critic.reverse_scan(flat, 0.9), r"reverse_scan: x: expected Replicate\(\) on every mesh dimension"),
         (lambda: fused_critic.value_loss(flat, flat, flat, cu_seqlens=bounds), r"value_loss: values: expected Replicate\(\) on"),
         (lambda: fused_critic.gae(rows, rows, gamma=1, lam=1, cu_seqlens=bounds), r"gae: rewards: expected Replicate\(\) on"),
@@ -443,6 +490,7 @@ CHECKS = (
     one_small_collective,
     ranges_per_token_and_raw_counts,
     gae_like_one_process,
+    gae_of_sequences_cut_in_time,
     gae_of_several_operators,
     reverse_scan_like_one_process,
     vtrace_like_one_process,

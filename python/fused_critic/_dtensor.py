@@ -3,8 +3,8 @@
 Every operator has a dispatch rule for DTensor, below autograd, so that the public functions, the raw operators, autograd and torch.compile take
 DTensors alike, and calls without them pass nothing of this. Sequences must be whole on every rank: a mesh dimension may shard the dimension of
 the sequences (Shard(0) of [B, T], Shard(1) of [T, B], Shard(0) of what has one number per sequence) or replicate; where arguments differ in
-that, the replicated ones are cut, which needs no communication. Anything else is an error before any communication. The one exception is
-gradients on their way back, which autograd brings in whatever placement it likes: they are redistributed as torch's own operators do it.
+that, the replicated ones are cut, which needs no communication. Anything else is an error before any communication, but for the public gae, which
+takes sequences that are cut in time to context_parallel_gae. The one exception is gradients on their way back, which autograd brings in whatever placement it likes: they are redistributed as torch's own operators do it.
 
 Only value_loss communicates: one all-gather of 15 numbers per rank, after its pass over the tokens, gives loss and statistics of the whole.
 Loss and statistics are replicated, with the same bits on every rank.
@@ -22,11 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from ._context_parallel import context_parallel_gae
 from ._jagged import OPERATORS
 from .stats import _SEQUENCES, _WEIGHT, NUM_MOMENTS, _merge
 
 _GRADIENTS = ("grad_loss", "grad_advantages", "grad_returns", "grad")
-_ELSEWHERE = "fused_critic.distributed has GAE for sequences cut in time, or redistribute explicitly"
+_ELSEWHERE = "sequences cut in time are for fused_critic.gae alone, or redistribute explicitly"
 _COUNTS = {
     "token-mean": ("batch_num_tokens", _WEIGHT),
     "seq-mean-token-sum": ("global_batch_size", _SEQUENCES),
@@ -267,6 +268,67 @@ def on_rows(op: str, per_token: dict[str, Tensor | None], others: dict[str, Any]
         local["cu_seqlens"] = cu_seqlens.to_local()
     results = call(**local)
     return type(results)(*(layout.result(x, "token") for x in results))
+
+
+def cuts_time(x: DTensor, time_dim: int) -> bool:
+    """Whether a mesh dimension shards the time of a [B, T], [T, B] or [T]."""
+    return 1 <= x.dim() <= 2 and any(_dim(placement) == time_dim % x.dim() for placement in x.placements)
+
+
+def gae_in_time(per_token: dict[str, Tensor | None], bootstrap_values: Tensor | None, time_dim: int, **options: Any) -> Any:
+    """:func:`context_parallel_gae` of sequences that one mesh dimension cuts in time; the other mesh dimensions shard them or replicate."""
+    rewards = per_token["rewards"]
+    assert isinstance(rewards, DTensor)
+    mesh, placements, time = rewards.device_mesh, rewards.placements, time_dim % rewards.dim()
+    cuts = [i for i, placement in enumerate(placements) if _dim(placement) == time]
+    if len(cuts) != 1 or type(placements[cuts[0]]) is not Shard:
+        raise ValueError(
+            f"fused_critic.gae: rewards: expected Shard({time}) on one mesh dimension at most, got {placements}; redistribute explicitly"
+        )
+    for name, x in per_token.items():
+        if x is None:
+            continue
+        if not isinstance(x, DTensor) or x.shape != rewards.shape or x.device_mesh != mesh or x.placements != placements:
+            found = f"{x.placements} of shape {list(x.shape)}" if isinstance(x, DTensor) else "a torch.Tensor"
+            raise ValueError(
+                f"fused_critic.gae: {name}: expected {placements} of shape {list(rewards.shape)} on the mesh of rewards, which are cut in time, got {found}"
+            )
+    # One number per sequence lies as the sequences do.
+    rows: list[Placement] = [Shard(0) if _is_shard(p) and i != cuts[0] else Replicate() for i, p in enumerate(placements)]
+
+    def local(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or (x.dim() == 0 and not isinstance(x, DTensor)):
+            return x
+        if (
+            not isinstance(x, DTensor)
+            or x.device_mesh != mesh
+            or any(theirs not in (own, Replicate()) for theirs, own in zip(x.placements, rows))
+        ):
+            raise ValueError(
+                f"fused_critic.gae: {name}: expected a number, or a DTensor of {rows} or Replicate() on the mesh of rewards, got {type(x)}"
+            )
+        return (x.redistribute(placements=rows) if x.dim() else x).to_local()
+
+    results = context_parallel_gae(
+        **{name: x.to_local() for name, x in per_token.items() if isinstance(x, DTensor)},
+        bootstrap_values=local("bootstrap_values", bootstrap_values),
+        group=mesh.get_group(cuts[0]),
+        time_dim=time_dim,
+        **{name: local(name, x) for name, x in options.items()},
+    )
+    return type(results)(
+        *(
+            DTensor.from_local(
+                x.contiguous(),
+                mesh,
+                placements,
+                run_check=False,
+                shape=rewards.shape,
+                stride=torch.empty(rewards.shape, device="meta").stride(),
+            )
+            for x in results
+        )
+    )
 
 
 def whiten(x: Tensor, mask: Tensor | None, call: Callable[..., Tensor]) -> DTensor:

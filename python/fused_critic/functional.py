@@ -245,7 +245,9 @@ def gae(
             makes that the same, and leaves the values as the returns of masked tokens, which are 0 here.)
         whiten: whiten the advantages over the valid positions as :func:`masked_whiten` does. The returns are not affected.
 
-    Jagged nested tensors and DTensors: as for :func:`value_loss`; ``bootstrap_values`` stays [B]. DTensors need no communication, but for ``whiten``.
+    Jagged nested tensors and DTensors: as for :func:`value_loss`; ``bootstrap_values`` stays [B]. DTensors need no communication, but for ``whiten``,
+    and where one mesh dimension cuts the time of all per-token arguments alike: that is :func:`fused_critic.distributed.context_parallel_gae`,
+    without a gradient.
 
     Raises:
         ValueError: shapes or devices that differ (nothing is broadcast), bad ``cu_seqlens``, ``gamma``, ``lam`` or ``returns_lam`` out of range or with
@@ -264,19 +266,28 @@ def gae(
         }  # fmt: skip
         jagged: GAEOutput = _jagged.packed("gae", per_token, lambda offsets, tokens: gae(**tokens, **others, cu_seqlens=offsets))
         return jagged
-    if type(rewards) is not Tensor and hasattr(rewards, "device_mesh") and (carry_masked_rewards or turn_ids is not None):
+    if type(rewards) is not Tensor and hasattr(rewards, "device_mesh"):
         from . import _dtensor
 
         per_token = {
-            "rewards": rewards, "values": values, "mask": mask, "terminated": terminated, "truncated": truncated,
-            "next_values": next_values, "turn_ids": turn_ids,
+            "rewards": rewards, "values": values, "mask": mask, "terminated": terminated, "truncated": truncated, "next_values": next_values,
         }  # fmt: skip
-        others = {
-            "gamma": gamma, "lam": lam, "returns_lam": returns_lam, "mask_mode": mask_mode, "bootstrap_values": bootstrap_values,
-            "cu_seqlens": cu_seqlens, "time_dim": time_dim, "carry_masked_rewards": carry_masked_rewards,
-        }  # fmt: skip
-        whole: GAEOutput = _dtensor.on_rows("gae", per_token, others, gae)
-        return whole._replace(advantages=masked_whiten(whole.advantages, mask)) if whiten else whole
+        whole: GAEOutput | None = None
+        if cu_seqlens is None and _dtensor.cuts_time(rewards, time_dim):
+            if carry_masked_rewards or turn_ids is not None or returns_lam is not None:
+                raise ValueError(
+                    "fused_critic.gae: rewards: expected whole sequences on every rank beside carry_masked_rewards, turn_ids or returns_lam, got a "
+                    "DTensor that is cut in time; redistribute explicitly"
+                )
+            whole = _dtensor.gae_in_time(per_token, bootstrap_values, time_dim, gamma=gamma, lam=lam, mask_mode=mask_mode)
+        elif carry_masked_rewards or turn_ids is not None:
+            others = {
+                "gamma": gamma, "lam": lam, "returns_lam": returns_lam, "mask_mode": mask_mode, "bootstrap_values": bootstrap_values,
+                "cu_seqlens": cu_seqlens, "time_dim": time_dim, "carry_masked_rewards": carry_masked_rewards,
+            }  # fmt: skip
+            whole = _dtensor.on_rows("gae", per_token | {"turn_ids": turn_ids}, others, gae)
+        if whole is not None:
+            return whole._replace(advantages=masked_whiten(whole.advantages, mask)) if whiten else whole
     if carry_masked_rewards and mask_mode != "skip":
         raise ValueError(f"fused_critic.gae: carry_masked_rewards: expected mask_mode 'skip' beside it, got {mask_mode!r}")
     if carry_masked_rewards and mask is not None:
