@@ -270,9 +270,9 @@ def on_rows(op: str, per_token: dict[str, Tensor | None], others: dict[str, Any]
     return type(results)(*(layout.result(x, "token") for x in results))
 
 
-def cuts_time(x: DTensor, time_dim: int) -> bool:
+def cuts_time(x: Tensor, time_dim: int) -> bool:
     """Whether a mesh dimension shards the time of a [B, T], [T, B] or [T]."""
-    return 1 <= x.dim() <= 2 and any(_dim(placement) == time_dim % x.dim() for placement in x.placements)
+    return isinstance(x, DTensor) and 1 <= x.dim() <= 2 and any(_dim(placement) == time_dim % x.dim() for placement in x.placements)
 
 
 def gae_in_time(per_token: dict[str, Tensor | None], bootstrap_values: Tensor | None, time_dim: int, **options: Any) -> Any:
@@ -309,13 +309,9 @@ def gae_in_time(per_token: dict[str, Tensor | None], bootstrap_values: Tensor | 
             )
         return (x.redistribute(placements=rows) if x.dim() else x).to_local()
 
-    results = context_parallel_gae(
-        **{name: x.to_local() for name, x in per_token.items() if isinstance(x, DTensor)},
-        bootstrap_values=local("bootstrap_values", bootstrap_values),
-        group=mesh.get_group(cuts[0]),
-        time_dim=time_dim,
-        **{name: local(name, x) for name, x in options.items()},
-    )
+    call: dict[str, Any] = {name: x.to_local() for name, x in per_token.items() if isinstance(x, DTensor)}
+    call |= {name: local(name, x) for name, x in (options | {"bootstrap_values": bootstrap_values}).items()}
+    results = context_parallel_gae(**call, group=mesh.get_group(cuts[0]), time_dim=time_dim)
     return type(results)(
         *(
             DTensor.from_local(
