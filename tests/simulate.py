@@ -55,7 +55,18 @@ RUNS = (
 
 def pytest(*arguments):
     # The trainers' own code runs on no device, and needs packages that are not there.
-    return ["pytest", "-q", "--ignore=tests/parity", "-p", "no:cacheprovider", "-n", str(os.cpu_count()), "-rs", "--durations=5", *arguments]
+    return [
+        "pytest",
+        "-q",
+        "--ignore=tests/parity",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        str(os.cpu_count()),
+        "-rs",
+        "--durations=5",
+        *arguments,
+    ]
 
 
 def execute(run, library, report):
