@@ -5,10 +5,9 @@ import pytest
 import torch
 from fused_critic.check import plain
 
-# Both round a few times per token, in different places: with as many roundings, two samples of these sizes differ by some percent (most where
-# gamma lam = 1: there the errors of a row are one random walk, so a row is about one sample). The CUDA scan composes the maps of its threads,
-# whose constant parts are as large as V: where V is far from zero and every token valid that costs up to 1.46 times the plain formula's error.
-SLACK = {"cpu": 1.1, "cuda": 1.5}
+# On the CPU columns round as the plain formula does, rows less (0.15 to 0.8 of its error). The CUDA scan composes the maps of its threads, whose
+# constant parts are as large as V: where V is far from zero and every token valid that costs up to 1.46 times the plain formula's error.
+SLACK = {"cpu": 1.0, "cuda": 1.5}
 
 
 def rms_error(got, exact):

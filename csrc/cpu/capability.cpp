@@ -5,13 +5,13 @@
 namespace fused_critic::cpu {
 
 const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+  static const Kernels chosen = []() -> Kernels {
 #if defined(__x86_64__)
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return kAvx512Kernels;
-    if (capability == "AVX2") return kAvx2Kernels;
+    if (capability == "AVX512") return {"AVX512", &kAvx512Floats, &kAvx2Doubles};
+    if (capability == "AVX2") return {"AVX2", &kAvx2Floats, &kAvx2Doubles};
 #endif
-    return kDefaultKernels;
+    return {"DEFAULT", &kDefaultFloats, &kDefaultDoubles};
   }();
   return chosen;
 }

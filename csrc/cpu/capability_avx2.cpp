@@ -17,8 +17,8 @@
 
 #define FUSED_CRITIC_CPU_NAMESPACE avx2
 #define FUSED_CRITIC_VECTOR_BYTES 32
-#define FUSED_CRITIC_KERNEL_TABLE kAvx2Kernels
-#define FUSED_CRITIC_CAPABILITY_NAME "AVX2"
+#define FUSED_CRITIC_FLOATS kAvx2Floats
+#define FUSED_CRITIC_DOUBLES kAvx2Doubles
 #include "capability_kernels.inc"
 
 #ifdef __clang__

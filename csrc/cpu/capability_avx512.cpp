@@ -17,8 +17,7 @@
 
 #define FUSED_CRITIC_CPU_NAMESPACE avx512
 #define FUSED_CRITIC_VECTOR_BYTES 32
-#define FUSED_CRITIC_KERNEL_TABLE kAvx512Kernels
-#define FUSED_CRITIC_CAPABILITY_NAME "AVX512"
+#define FUSED_CRITIC_FLOATS kAvx512Floats
 #include "capability_kernels.inc"
 
 #ifdef __clang__

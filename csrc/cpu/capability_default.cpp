@@ -8,6 +8,6 @@
 
 #define FUSED_CRITIC_CPU_NAMESPACE baseline
 #define FUSED_CRITIC_VECTOR_BYTES 16
-#define FUSED_CRITIC_KERNEL_TABLE kDefaultKernels
-#define FUSED_CRITIC_CAPABILITY_NAME "DEFAULT"
+#define FUSED_CRITIC_FLOATS kDefaultFloats
+#define FUSED_CRITIC_DOUBLES kDefaultDoubles
 #include "capability_kernels.inc"

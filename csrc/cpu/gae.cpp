@@ -83,8 +83,7 @@ class SequenceScan {
 
  private:
   GaePowers<T> powers(int64_t s) const {
-    const double gamma = number_of(p_.gamma, s);
-    return {T(gamma), T(gamma * number_of(p_.lam, s))};
+    return {number_of(p_.gamma, s), number_of(p_.lam, s)};
   }
 
   T initial_carry(int64_t s, T gamma) const {

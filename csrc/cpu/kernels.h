@@ -1,4 +1,4 @@
-// What the vectorised kernels offer, one table per instruction set; the drivers (value_loss.cpp, gae.cpp) pick one at run time.
+// What the vectorised kernels offer, a table of each type per instruction set; the drivers (value_loss.cpp, gae.cpp) pick one at run time.
 // A driver deals in chunks (units of work, fixed by the shape alone), a kernel in tiles of at most kTile tokens.
 #pragma once
 
@@ -41,21 +41,23 @@ struct LossKernels {
 constexpr int kPowers = 8;   // tokens that a vector composes
 constexpr int kSegment = 4;  // tokens that one lane may stand for
 
-// What a call needs of gamma and lambda, computed once.
+// What a call needs of gamma and lambda, computed once, each number rounded once.
 template <typename T>
 struct GaePowers {
-  T gamma;
+  T gamma, drift, rest;                                  // drift: 1 - gamma; rest: gamma (1 - lam)
   T token[2 * kPowers] = {}, segment[2 * kPowers] = {};  // x^8, x^7, ..., 1, 0, ... of x = gamma lam, and of x = (gamma lam)^4
 
-  GaePowers(T gamma, T gamma_lam) : gamma(gamma) {
-    fill(token, gamma_lam);
-    fill(segment, token[kPowers - kSegment]);
+  GaePowers(double gamma, double lam) : gamma(T(gamma)), drift(T(1 - gamma)), rest(T(gamma * (1 - lam))) {
+    const double x = gamma * lam;
+    fill(token, x);
+    fill(segment, x * x * (x * x));
   }
 
  private:
-  static void fill(T* down, T x) {
-    down[kPowers] = T(1);
-    for (int i = kPowers - 1; i >= 0; --i) down[i] = down[i + 1] * x;
+  static_assert(kSegment == 4);
+  static void fill(T* down, double x) {
+    double power = 1;
+    for (int i = kPowers; i >= 0; --i, power *= x) down[i] = T(power);
   }
 };
 
@@ -98,33 +100,37 @@ struct ScanKernels {
   void (*vtrace)(const VTraceParams& p, const SequenceWalk& walk);
 };
 
-struct Kernels {
-  const char* name;
-  LossKernels<float> loss_f32;
-  LossKernels<double> loss_f64;
-  GaeKernels<float> gae_f32;
-  GaeKernels<double> gae_f64;
-  ScanKernels<float> scan_f32;
-  ScanKernels<double> scan_f64;
+template <typename T>
+struct KernelTable {
+  LossKernels<T> loss;
+  GaeKernels<T> gae;
+  ScanKernels<T> scan;
 };
 
-extern const Kernels kDefaultKernels;
+struct Kernels {
+  const char* name;
+  const KernelTable<float>* f32;
+  const KernelTable<double>* f64;
+};
+
+extern const KernelTable<float> kDefaultFloats;
+extern const KernelTable<double> kDefaultDoubles;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
+extern const KernelTable<float> kAvx2Floats, kAvx512Floats;
+extern const KernelTable<double> kAvx2Doubles;  // also where there is AVX-512: vectors are as wide, bits the same, and a third set a tenth of the build
 #endif
 
 // The table for this CPU: what torch itself chose (ATEN_CPU_CAPABILITY overrides both). Defined in capability.cpp.
 const Kernels& kernels();
 
 template <typename T> const LossKernels<T>& loss_kernels();
-template <> inline const LossKernels<float>& loss_kernels<float>() { return kernels().loss_f32; }
-template <> inline const LossKernels<double>& loss_kernels<double>() { return kernels().loss_f64; }
+template <> inline const LossKernels<float>& loss_kernels<float>() { return kernels().f32->loss; }
+template <> inline const LossKernels<double>& loss_kernels<double>() { return kernels().f64->loss; }
 template <typename T> const GaeKernels<T>& gae_kernels();
-template <> inline const GaeKernels<float>& gae_kernels<float>() { return kernels().gae_f32; }
-template <> inline const GaeKernels<double>& gae_kernels<double>() { return kernels().gae_f64; }
+template <> inline const GaeKernels<float>& gae_kernels<float>() { return kernels().f32->gae; }
+template <> inline const GaeKernels<double>& gae_kernels<double>() { return kernels().f64->gae; }
 template <typename T> const ScanKernels<T>& scan_kernels();
-template <> inline const ScanKernels<float>& scan_kernels<float>() { return kernels().scan_f32; }
-template <> inline const ScanKernels<double>& scan_kernels<double>() { return kernels().scan_f64; }
+template <> inline const ScanKernels<float>& scan_kernels<float>() { return kernels().f32->scan; }
+template <> inline const ScanKernels<double>& scan_kernels<double>() { return kernels().f64->scan; }
 
 }  // namespace fused_critic::cpu

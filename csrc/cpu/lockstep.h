@@ -80,7 +80,7 @@ class Lockstep {
   // Walks n sequences.
   void walk(const LaneSequence* sequences, int64_t n) {
     const LaneSequence* const end = sequences + n;
-    typename Op::State state;
+    typename Op::State state{};
     while (true) {
       int64_t shortest = kStretch;
       bool any = false;

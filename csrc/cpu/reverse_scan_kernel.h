@@ -81,7 +81,7 @@ class ReverseScanLockstep {
       for (int i = kTurn - 1; i >= 0; --i) {
         const Vec<T> next = y;
         y = x[i] + decay[i] * next;
-        if (~live != 0) y = select(lanes_of<T>(kLaneMoves.of[tokens >> (kLanes * i) & kAllLanes]), y, next);
+        if (~live != 0) y = select(lanes_of<T>(tokens >> (kLanes * i) & kAllLanes), y, next);
         x[i] = p_.shifted ? next : y;
       }
       store_turned(x, lanes.output[0], at);
@@ -126,7 +126,7 @@ class ReverseScanAdjointLockstep {
 #pragma GCC unroll 8  // kTurn: the steps stay in registers
       for (int i = 0; i < kTurn; ++i) {
         const Vec<T> p = grad[i] + carry, leaving = decay[i] * p;
-        carry = ~live == 0 ? leaving : select(lanes_of<T>(kLaneMoves.of[tokens >> (kLanes * i) & kAllLanes]), leaving, carry);
+        carry = ~live == 0 ? leaving : select(lanes_of<T>(tokens >> (kLanes * i) & kAllLanes), leaving, carry);
         grad[i] = p;
       }
       store_turned(grad, lanes.output[0], at);

@@ -336,11 +336,14 @@ FUSED_CRITIC_INLINE Vec<T> permute(const Vec<T>& v, const uint8_t (&index)[kLane
   return Vec<T>::load(to);
 }
 
+// A set of lanes.
 template <typename T>
-FUSED_CRITIC_INLINE Mask<T> lanes_of(const LaneMoves& moves) {
+FUSED_CRITIC_INLINE Mask<T> lanes_of(uint32_t set) {
   Mask<T> m;
   for (int i = 0; i < Vec<T>::kParts; ++i) {
-    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) m.part[i][lane] = moves.lanes[i * Vec<T>::kPartLanes + lane];
+    typename Mask<T>::Part bit;
+    for (int lane = 0; lane < Vec<T>::kPartLanes; ++lane) bit[lane] = 1 << (i * Vec<T>::kPartLanes + lane);
+    m.part[i] = (bit & typename SameSizeInt<T>::type(set)) == bit;
   }
   return m;
 }
@@ -369,8 +372,8 @@ FUSED_CRITIC_INLINE Vec<float> permute(const Vec<float>& v, const uint8_t (&inde
   return {{__builtin_ia32_permvarsf256(v.part[0], widen(index))}};
 }
 template <>
-FUSED_CRITIC_INLINE Mask<float> lanes_of(const LaneMoves& moves) {
-  return {{widen(moves.lanes)}};
+FUSED_CRITIC_INLINE Mask<float> lanes_of(uint32_t set) {
+  return {{widen(kLaneMoves.of[set].lanes)}};
 }
 #endif
 
