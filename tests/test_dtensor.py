@@ -533,12 +533,28 @@ def test_dtensors_give_what_one_process_gives(world, tmp_path):
     assert not failures, "\n".join(failures)
 
 
+# What a process may do before it imports torch.distributed.tensor.
+PROBED = "import importlib.util, fused_critic; assert importlib.util.find_spec('torch.distributed.tensor') is not None"
+FAILED = """
+import sys, fused_critic
+sys.modules["torch.distributed.tensor._ops"] = None
+try:
+    import torch.distributed.tensor
+except ImportError:
+    del sys.modules["torch.distributed.tensor._ops"]
+"""
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("first", ["fused_critic", "torch.distributed.tensor"])
-def test_rules_are_there_in_any_order_of_imports(first):
-    code = f"""
-import sys, {first}
-assert "torch.distributed.tensor" not in sys.modules or {first!r} != "fused_critic"
+@pytest.mark.parametrize(
+    "before",
+    ["import fused_critic", "import torch.distributed.tensor", PROBED, FAILED],
+    ids=["fused_critic", "torch.distributed.tensor", "probed", "failed"],
+)
+def test_rules_are_there_in_any_order_of_imports(before):
+    code = f"""{before}
+import sys
+assert "torch.distributed.tensor" not in sys.modules or {before!r} == "import torch.distributed.tensor"
 import inspect, fused_critic, torch, torch.distributed.tensor
 from torch._library.simple_registry import find_torch_dispatch_rule
 assert find_torch_dispatch_rule(torch.ops.fused_critic.gae.default, torch.distributed.tensor.DTensor) is not None
