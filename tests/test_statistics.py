@@ -104,6 +104,33 @@ def test_one_token_each(device):
     assert_statistics(merged.to_dict(), {"value_var": 1, "value_mean": MEAN + 1, "error_var": 0, "explained_variance": 1}, "two tokens")
 
 
+@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1e4 / 3])
+@pytest.mark.parametrize("shape", [(1000,), (51, 1), (7, 3000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_constants_do_not_vary(device, dtype, shape, constant):
+    """No variance is left of the rounding of sums, neither in one call nor in a thousand micro-batches."""
+    returns = torch.full(shape, constant, dtype=dtype, device=device)
+    values = torch.randn(shape, dtype=dtype, device=device)
+    for mask in (None, torch.rand(shape, device=device) < 0.6, torch.rand(shape, device=device)):
+        one = fused_critic.value_loss(values, None, returns, mask, clip_range=None).stats
+        for stats in (one, sum([one] * 1000), fused_critic.ValueLossStats.merge([one] * 1000)):
+            assert stats.return_var == 0 and stats.explained_variance == 0 and stats.value_var > 0
+        offset = fused_critic.value_loss(returns - 1, None, returns, mask, clip_range=None).stats
+        assert offset.value_var == 0 and offset.explained_variance == 0
+
+
+@pytest.mark.parametrize("spread, tolerance", [(1, 1e-6), (1e-2, 1e-2)])
+def test_a_small_variance_is_none_of_rounding(device, spread, tolerance):
+    """About a mean of 1e4. The tolerance: a few roundings of the mean square, over the variance."""
+    generator = torch.Generator().manual_seed(0)
+    returns, noise = MEAN + spread * torch.randn(2, 4000, generator=generator, dtype=torch.float64)
+    values = returns - 0.5 * (noise - MEAN)
+    stats = fused_critic.value_loss(values.to(device), None, returns.to(device), clip_range=None).stats
+    expected = exact(values, returns, None)
+    for name in ("return_var", "value_var", "explained_variance"):
+        assert math.isclose(getattr(stats, name), expected[name], rel_tol=tolerance), name
+
+
 def test_nothing_is_neutral(device):
     values, old_values, returns, mask = (x.to(device) for x in batch(3, 8, torch.float32, torch.bool, 1))
     stats = fused_critic.value_loss(values, old_values, returns, mask).stats
