@@ -108,6 +108,12 @@ def mse_value_loss(
     """
     values = logits.squeeze(-1) if logits.ndim > 2 and logits.shape[-1] == 1 else logits
     clip_range = self.cliprange if self.cliprange and self.cliprange > 0 else None
+    for name, shape in (("token_mask", values.shape), ("sample_mask", values.shape[:1])):
+        if data[name].shape != shape:
+            raise ValueError(
+                f"fused_critic.integrations.nemo_rl.mse_value_loss: {name}: expected shape {list(shape)} beside values {list(values.shape)}, "
+                f"got {list(data[name].shape)}; nothing is broadcast"
+            )
     count = global_valid_toks.reshape(()) if isinstance(global_valid_toks, torch.Tensor) else global_valid_toks
     loss, stats = fused_critic.value_loss(
         values,

@@ -27,6 +27,7 @@ bounds of the clip range             half the gradient or all, by          the w
 returns or old values that           gradient passed on                    error: they are constants of the loss
 require grad
 [B] beside [B, 1]                    broadcast to [B, B]                   error
+[T, 1] flags or masks beside N > 1   broadcast                             error
 bf16 or fp16 throughout              computed in half precision            computed in float32; the loss is float32
 gamma or tau outside of [0, 1]       accepted                              error
 ===================================  ====================================  =====================================================
@@ -55,8 +56,11 @@ def discount_values(
         fdones, mb_fdones: [N] and [T, N], non-zero where the state is the first one of an episode.
         last_extrinsic_values: [N, V].
         mb_extrinsic_values, mb_rewards: [T, N, V].
+
+    Raises:
+        ValueError: ``mb_fdones`` or ``mb_extrinsic_values`` of another shape, ``gamma`` or ``tau`` outside of [0, 1].
     """
-    ends = _per_value(_rollout.following(mb_fdones, fdones), mb_rewards)
+    ends = _per_value("mb_fdones", _rollout.following(mb_fdones, fdones), mb_rewards)
     return _rollout.gae(mb_rewards, mb_extrinsic_values, ends, last_extrinsic_values, self.gamma, self.tau)[0]
 
 
@@ -72,7 +76,8 @@ def discount_values_masks(
     """As :func:`discount_values`; a masked step (``mb_masks`` [T, N] 0) has advantage 0 and hands nothing on, but its value still counts as
     the one after the step before it."""
     _rollout.same_shape(mb_rewards, mb_extrinsic_values)
-    ends, masks = (_per_value(x, mb_rewards) for x in (_rollout.following(mb_fdones, fdones), mb_masks))
+    ends = _per_value("mb_fdones", _rollout.following(mb_fdones, fdones), mb_rewards)
+    masks = _per_value("mb_masks", mb_masks, mb_rewards)
     advantages = fused_critic.gae(
         _rollout.columns(mb_rewards),
         _rollout.columns(mb_extrinsic_values),
@@ -111,9 +116,16 @@ def default_critic_loss(value_preds_batch: Tensor, values: Tensor, curr_e_clip: 
     return (2 * loss).view(values.shape)
 
 
-def _per_value(flags: Tensor, like: Tensor) -> Tensor:
+def _per_value(name: str, flags: Tensor, rewards: Tensor) -> Tensor:
     """[T, N] flags as [T, N, V]; a view."""
-    return flags.unsqueeze(2).expand(like.shape)
+    if rewards.ndim != 3:
+        raise ValueError(f"fused_critic.integrations.rl_games: mb_rewards: expected [T, N, V], got shape {list(rewards.shape)}")
+    if flags.shape != rewards.shape[:2]:
+        raise ValueError(
+            f"fused_critic.integrations.rl_games: {name}: expected shape {list(rewards.shape[:2])} beside mb_rewards {list(rewards.shape)}, "
+            f"got {list(flags.shape)}; nothing is broadcast"
+        )
+    return flags.unsqueeze(2).expand(rewards.shape)
 
 
 _A2C_BASE, _LOSSES = "rl_games.common.a2c_common:A2CBase", "rl_games.common.common_losses"

@@ -25,6 +25,7 @@ value loss, a value inside of the    ``old + clamp(new - old)`` moves it by a   
 range                                last bit
 value loss, a value on a bound of    gradient as torch.clamp has it              the whole gradient
 the range
+value loss, shapes that differ       broadcast                                   ValueError
 value loss in half precision         the range collapses where values are large  computed in float32
 returns or old values that require   gradient passed on                          error: they are constants of the loss
 grad
@@ -40,6 +41,7 @@ import torch
 
 import fused_critic
 
+from . import _rollout
 from ._adapter import Adapter, Replacement
 
 if TYPE_CHECKING:
@@ -77,8 +79,9 @@ def value_loss(
     """The value loss of SB3's PPO: the mean square of ``returns`` minus the prediction, without a factor; multiply it by ``vf_coef``.
 
     The prediction is ``values``, or, with a ``clip_range_vf``, ``values`` clipped to that distance from ``old_values`` and nothing else: what
-    left the range has no gradient. All three tensors have one shape (SB3: [batch]).
+    left the range has no gradient. All three tensors have one shape (SB3: [batch]), or a ValueError shows theirs.
     """
+    _rollout.same_shape(values, old_values, returns)
     loss, _ = fused_critic.value_loss(
         values.flatten(), old_values.flatten(), returns.flatten(), clip_range=clip_range_vf, clip_only=clip_range_vf is not None
     )

@@ -69,7 +69,7 @@ def ppo_critic_loss(
     config: AlgorithmConfig,
     loss_mask: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, Optional[float]]:
-    """Mean over the rows of [B, T] of each row's masked mean of the clipped value loss. A row with nothing valid counts, with 0.
+    """Mean over the rows of [B, T] ([T]: one row) of each row's masked mean of the clipped value loss. A row with nothing valid counts, with 0.
 
     Returns the loss, 0-d, float32 or float64 if any input is, and the clip fraction over all valid tokens as a number, which waits for
     the device as SkyRL's does; None where ``config.value_clip`` is None.
@@ -84,7 +84,7 @@ def ppo_critic_loss(
         loss_mask,
         clip_range=config.value_clip,
         reduction="seq-mean-token-mean",
-        global_batch_size=values.shape[0],
+        global_batch_size=values.shape[0] if values.ndim > 1 else 1,
     )
     return loss, None if config.value_clip is None else stats.clip_fraction.item()
 

@@ -41,6 +41,7 @@ clipped loss in half precision       range collapses where the values are large 
 loss: target or old values that      gradient passed on                          error: they are constants of the loss
 require grad
 loss: NaN or inf at masked elements  gradient NaN there                          never used; gradient exactly 0
+loss: a mask of another size         broadcast, leading dimensions too           RuntimeError
 value_clip_fraction under a mask     over all elements                           over the valid elements
 explained variance                   over the first dimension: one for each      one over all valid elements; 0 where the target
                                      remaining position, masked elements too     does not vary
@@ -242,22 +243,20 @@ def critic_loss(
 ) -> CriticLoss:
     """The critic's part of ``PPOLoss`` and ``ClipPPOLoss``: the entries loss_critic, value_clip_fraction and explained_variance.
 
-    For a loss module of one's own. The tensors have one shape, any number of dimensions; ``mask`` (as TorchRL's "shifted_valid") may have
-    trailing dimensions less. ``reduction``: "mean" (over the valid elements; 0 where there are none), "sum", or "none" (the elements, 0 at
+    For a loss module of one's own. The tensors have one shape, any number of dimensions; ``mask`` (as TorchRL's "shifted_valid") may lack
+    trailing dimensions, or have trailing ones of one element; a RuntimeError names the one whose shape is another. ``reduction``: "mean" (over the valid elements; 0 where there are none), "sum", or "none" (the elements, 0 at
     masked ones). ``value_clip_fraction``: the share of elements whose value left the range.
     """
     if loss_critic_type not in _CRITERIA:
         raise NotImplementedError(f"loss_critic_type {loss_critic_type!r}: expected one of {', '.join(_CRITERIA)}")
     if reduction not in _REDUCTIONS:
         raise NotImplementedError(f"reduction {reduction!r}: expected one of {', '.join(_REDUCTIONS)}")
-    if mask is not None:
-        mask = mask[(...,) + (None,) * (state_value.ndim - mask.ndim)].expand_as(state_value).reshape(-1)
     factor, criterion = _CRITERIA[loss_critic_type]
     loss, stats = fused_critic.value_loss(
         state_value.reshape(-1),
         None if old_state_value is None else _same_shape(old_state_value, state_value, "old_state_value").reshape(-1),
         _same_shape(target_return, state_value, "target_return").reshape(-1),
-        mask,
+        None if mask is None else _per_element(mask, state_value).reshape(-1),
         clip_range=None if clip_value is None else _plain(clip_value),
         criterion=criterion,
         reduction=_REDUCTIONS[reduction],
@@ -274,6 +273,17 @@ def _same_shape(x: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
             f"fused_critic.integrations.torchrl: {name}: expected state_value's shape {list(like.shape)}, got {list(x.shape)}"
         )
     return x
+
+
+def _per_element(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    shape = mask.shape
+    while mask.ndim > max(1, like.ndim - 1) and mask.shape[-1] == 1:  # TorchRL's masks are [*B, T, 1], whatever they lie beside
+        mask = mask.squeeze(-1)
+    if mask.shape != like.shape[: mask.ndim]:
+        raise RuntimeError(
+            f"fused_critic.integrations.torchrl: mask: expected state_value's shape {list(like.shape)}, trailing dimensions aside, got {list(shape)}"
+        )
+    return mask[(...,) + (None,) * (like.ndim - mask.ndim)].expand_as(like)
 
 
 _FUNCTIONAL = "torchrl.objectives.value.functional"
