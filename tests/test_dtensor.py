@@ -1,5 +1,6 @@
 """DTensors as arguments, with real processes (gloo on the loopback interface), against one process on the whole tensors."""
 
+import functools
 import multiprocessing
 import subprocess
 import sys
@@ -410,7 +411,7 @@ def small_shapes(world):
 
 
 def errors_come_before_any_collective(world):
-    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
 
     mesh, _ = next(meshes(world))
     x = torch.randn(ROWS, TIME, generator=torch.Generator().manual_seed(0))
@@ -452,6 +453,13 @@ def errors_come_before_any_collective(world):
         (lambda: fused_critic.value_loss(rows, rows, rows, clip_range=-1.0), r"value_loss: clip_range: expected"),
         (lambda: fused_critic.masked_whiten(rows, group=dist.group.WORLD), r"masked_whiten: group: expected None beside a DTensor"),
     ]
+    if world >= 4:
+        # Cut in time, and the rows in 6 and 5: one number too many is one on the ranks of the second part alone, 6 and 6.
+        grid = init_device_mesh("cpu", (2, world // 2))
+        cut, numbers = distribute_tensor(x, grid, [Shard(0), Shard(1)]), replicate(torch.full((ROWS + 1,), 0.5), grid)
+        for name in ("bootstrap_values", "gamma", "lam"):
+            options = {"gamma": 1, "lam": 1, "whiten": True, name: numbers}
+            cases.append((functools.partial(fused_critic.gae, cut, cut, **options), rf"gae: {name}: expected shape \[11\].*got \[12\]"))
     for call, message in cases:
         with Collectives() as collectives, pytest.raises(ValueError, match=message):
             call()

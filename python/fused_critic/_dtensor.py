@@ -295,9 +295,16 @@ def gae_in_time(per_token: dict[str, Tensor | None], bootstrap_values: Tensor | 
             )
     # One number per sequence lies as the sequences do.
     rows: list[Placement] = [Shard(0) if _is_shard(p) and i != cuts[0] else Replicate() for i, p in enumerate(placements)]
+    sequences = 1 if rewards.dim() == 1 else rewards.shape[1 - time]
 
     def local(name: str, x: Any) -> Any:
-        if not isinstance(x, Tensor) or (x.dim() == 0 and not isinstance(x, DTensor)):
+        if not isinstance(x, Tensor):
+            return x
+        # The whole's length: a rank may find its part to fit where another one's does not.
+        is_number = x.dim() == 0 and (name != "bootstrap_values" or rewards.dim() == 1)
+        if not is_number and tuple(x.shape) != (sequences,):
+            raise ValueError(f"fused_critic.gae: {name}: expected shape [{sequences}] (one value per sequence), got {list(x.shape)}")
+        if x.dim() == 0 and not isinstance(x, DTensor):
             return x
         if (
             not isinstance(x, DTensor)
