@@ -261,21 +261,46 @@ def refused(rank, ranks):
         "global_batch_size: expected None beside a group": {"global_batch_size": torch.tensor(4)},
         "loss_scale_factor: expected a number for seq-mean-token-sum-norm beside a group": {"reduction": "seq-mean-token-sum-norm"},
         "reduction: ": {"reduction": "mean"},
+        r"time_dim: expected a dimension of values \(shape \[13, 11\]\), got 2": {"reduction": "seq-mean-token-sum", "time_dim": 2},
+        r"time_dim: expected a dimension of values \(shape \[13, 11\]\), got -3": {"time_dim": -3},
     }.items():
         with Calls() as calls, pytest.raises(ValueError, match=f"value_loss: {message}"):
             fused_critic.value_loss(*whole, group=dist.group.WORLD, **options)
+        assert not calls.collectives, message
+    for message, mask, options in (
+        (r"time_dim: expected one of the dimensions of \[B, T\], got 2", whole[3], {"time_dim": 2}),
+        (r"masks: expected 1 or 2 dimensions, got shape \[1, 13, 11\]", whole[3][None], {}),
+        (
+            r"cu_seqlens: expected \[S \+ 1\] beside a packed mask \[N\], got \[2\] beside \[13, 11\]",
+            whole[3],
+            {"cu_seqlens": torch.tensor([0, 3])},
+        ),
+        (r"cu_seqlens: expected \[S \+ 1\].*got \[\] beside \[11\]", whole[3][0], {"cu_seqlens": torch.tensor(3)}),
+    ):
+        with Calls() as calls, pytest.raises(ValueError, match=f"global_counts: {message}"):
+            global_counts(mask, group=dist.group.WORLD, **options)
         assert not calls.collectives, message
 
 
 def an_error_of_one_rank(rank, ranks):
     """A rank whose tensors do not fit together has entered the collective, so that the others get their result."""
     values, old_values, returns, mask = batch()
+    flat, bounds = values.flatten(), torch.tensor([0, 3, values.numel()])
+    misfits = {
+        "returns: expected shape": ((values, old_values, returns[:3], mask), {}),
+        "mask: expected shape": ((values, old_values, returns, mask.flatten()), {}),
+        r"mask: expected shape \[143\]": ((flat, flat, flat, mask), {"cu_seqlens": bounds}),
+        "values: expected 1 or 2 dimensions": ((values[None], old_values, returns, mask), {"time_dim": 2}),
+        "values: expected the packed shape": ((values, old_values, returns, mask), {"cu_seqlens": bounds}),
+        "cu_seqlens: expected": ((flat, flat, flat), {"cu_seqlens": bounds[None]}),
+    }
     for reduction, options in OPTIONS.items():
-        if rank == 0:
-            with pytest.raises(ValueError, match="returns: expected shape"):
-                fused_critic.value_loss(values, old_values, returns[:3], mask, **options, group=dist.group.WORLD)
-        else:
-            fused_critic.value_loss(values, old_values, returns, mask, **options, group=dist.group.WORLD)
+        for message, (tensors, others) in misfits.items():
+            if rank == 0:
+                with pytest.raises(ValueError, match=message):
+                    fused_critic.value_loss(*tensors, **options, **others, group=dist.group.WORLD)
+            else:
+                fused_critic.value_loss(values, old_values, returns, mask, **options, group=dist.group.WORLD)
 
 
 def started_before_the_operator_finished_after(rank, ranks, store):

@@ -452,6 +452,13 @@ def errors_come_before_any_collective(world):
         (lambda: fused_critic.value_loss(rows, rows, rows, dp_size=2), r"value_loss: dp_size: expected batch_num_tokens"),
         (lambda: fused_critic.value_loss(rows, rows, rows, clip_range=-1.0), r"value_loss: clip_range: expected"),
         (lambda: fused_critic.masked_whiten(rows, group=dist.group.WORLD), r"masked_whiten: group: expected None beside a DTensor"),
+        *(
+            (
+                functools.partial(fused_critic.value_loss, *tensors, group=dist.group.WORLD),
+                r"value_loss: group: expected None beside a DTensor",
+            )
+            for tensors in ((rows, rows, rows), (x, x, x, rows), (x, x, rows))
+        ),
     ]
     if world >= 4:
         # Cut in time, and the rows in 6 and 5: one number too many is one on the ranks of the second part alone, 6 and 6.

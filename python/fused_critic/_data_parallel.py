@@ -86,7 +86,7 @@ def global_counts(
 
     Raises:
         TypeError: ``group`` is not a process group of this rank.
-        ValueError: another number of ``cu_seqlens`` than of masks.
+        ValueError: another number of ``cu_seqlens`` than of masks, masks, ``cu_seqlens`` or a ``time_dim`` of no such layout.
     """
     if group is not None:
         check_group("global_counts", group)
@@ -96,6 +96,7 @@ def global_counts(
         raise ValueError(
             f"fused_critic.global_counts: cu_seqlens: expected one for each of the {len(all_masks)} masks, got {len(all_cu_seqlens)}"
         )
+    _check_layouts(all_masks, all_cu_seqlens, time_dim)
     if device is None:
         device = all_masks[0].device if all_masks else "cpu"
     counts = torch.zeros(2, dtype=torch.float64, device=device)
@@ -107,14 +108,16 @@ def global_counts(
 
 
 class Share:
-    """This rank's share of a loss over ``group``: ``options`` are those of the rank's own call, whose loss ``of`` divides by the global count."""
+    """This rank's share of a loss over ``group``: ``options`` are those of the rank's own call, whose loss ``of`` divides by the global count.
+
+    What is the same on every rank is checked here, so that all of them raise, or none; what may be wrong on one alone is left to the operator, which
+    that rank calls after it has given its count.
+    """
 
     def __init__(
         self,
         group: torch.distributed.ProcessGroup,
-        values: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        tensors: dict[str, Any],
         *,
         reduction: str,
         batch_num_tokens: object,
@@ -124,7 +127,8 @@ class Share:
         time_dim: int,
     ):
         check_group("value_loss", group)
-        _check_options(group, values, reduction, batch_num_tokens, global_batch_size, loss_scale_factor)
+        _check_options(group, tensors, reduction, batch_num_tokens, global_batch_size, loss_scale_factor, time_dim)
+        values, mask, cu_seqlens = (tensors[name] for name in ("values", "mask", "cu_seqlens"))
         self._pending: _PendingSum | None = None
         if reduction == "token-mean":
             self._pending = _PendingSum(_num_tokens(values, mask), group)
@@ -152,13 +156,13 @@ def check_group(function: str, group: object) -> None:
 
 def _check_options(
     group: torch.distributed.ProcessGroup,
-    values: Tensor,
+    tensors: dict[str, Any],
     reduction: str,
     batch_num_tokens: object,
     global_batch_size: object,
     loss_scale_factor: float | None,
+    time_dim: int,
 ) -> None:
-    """What is the same on every rank of one program, so that all of them raise, or none."""
     if reduction == "none":
         raise ValueError("fused_critic.value_loss: group: expected None beside reduction 'none' (its losses are not divided), got a group")
     for name, given in (("batch_num_tokens", batch_num_tokens), ("global_batch_size", global_batch_size)):
@@ -172,8 +176,26 @@ def _check_options(
             "fused_critic.value_loss: loss_scale_factor: expected a number for seq-mean-token-sum-norm beside a group (padded lengths may "
             "differ between ranks), got None"
         )
-    if getattr(values, "device_mesh", None) is not None:
-        raise ValueError("fused_critic.value_loss: group: expected None beside a DTensor, which has its own mesh, got a group")
+    for name, x in tensors.items():
+        if getattr(x, "device_mesh", None) is not None:
+            raise ValueError(
+                f"fused_critic.value_loss: group: expected None beside a DTensor ({name}), which has its own mesh, got a group"
+            )
+    values = tensors["values"]
+    if not values.is_nested and values.dim() in (1, 2) and not -values.dim() <= time_dim < values.dim():
+        raise ValueError(f"fused_critic.value_loss: time_dim: expected a dimension of values (shape {list(values.shape)}), got {time_dim}")
+
+
+def _check_layouts(masks: Sequence[Tensor], cu_seqlens: Sequence[Tensor | None], time_dim: int) -> None:
+    if not -2 <= time_dim < 2:
+        raise ValueError(f"fused_critic.global_counts: time_dim: expected one of the dimensions of [B, T], got {time_dim}")
+    for mask, bounds in zip(masks, cu_seqlens):
+        if not mask.is_nested and mask.dim() not in (1, 2):
+            raise ValueError(f"fused_critic.global_counts: masks: expected 1 or 2 dimensions, got shape {list(mask.shape)}")
+        if bounds is not None and not mask.dim() == bounds.dim() == 1:
+            raise ValueError(
+                f"fused_critic.global_counts: cu_seqlens: expected [S + 1] beside a packed mask [N], got {list(bounds.shape)} beside {list(mask.shape)}"
+            )
 
 
 class _PendingSum:
@@ -220,8 +242,10 @@ def _num_tokens(reference: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _num_sequences(reference: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, time_dim: int) -> Tensor:
-    """Number of sequences with a token of non-zero weight, 0-d float64."""
+    """Number of sequences with a token of non-zero weight, 0-d float64; 0 for shapes that do not go together, which the operator refuses."""
     reference, mask, cu_seqlens = _packed(reference, mask, cu_seqlens)
+    if (mask is not None and mask.shape != reference.shape) or (cu_seqlens is not None and not reference.dim() == cu_seqlens.dim() == 1):
+        return torch.zeros((), dtype=torch.float64, device=reference.device)
     if cu_seqlens is not None:
         bounds = cu_seqlens.long()
         if mask is not None:

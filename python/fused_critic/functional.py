@@ -145,8 +145,10 @@ def value_loss(
     """
     if group is not None:
         share = Share(
-            group, values, mask, cu_seqlens, reduction=reduction, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size,
-            dp_size=dp_size, loss_scale_factor=loss_scale_factor, time_dim=time_dim,
+            group,
+            {"values": values, "old_values": old_values, "returns": returns, "mask": mask, "cu_seqlens": cu_seqlens, "clip_range": clip_range},
+            reduction=reduction, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size, dp_size=dp_size,
+            loss_scale_factor=loss_scale_factor, time_dim=time_dim,
         )  # fmt: skip
         loss, stats = value_loss(
             values, old_values, returns, mask, clip_range=clip_range, criterion=criterion, delta=delta, clip_only=clip_only,
