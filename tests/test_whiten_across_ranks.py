@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fused_critic import reference, whiten
+from fused_critic import _collectives, reference, whiten
 from fused_critic.check import cases
 from fused_critic.check.gae import WHITEN_OPTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +90,7 @@ def compare_one_valid_everywhere(rank):
 def same_bits_on_every_rank(rank):
     generator = torch.Generator().manual_seed(rank)
     moments = torch.rand(3, dtype=torch.float64, generator=generator)
-    merged = torch.stack(whiten._merge(whiten._gather(moments, dist.group.WORLD)))
+    merged = torch.stack(whiten._merge(_collectives.gathered(moments, dist.group.WORLD)))
     everywhere = [torch.empty_like(merged) for _ in range(RANKS)]
     dist.all_gather(everywhere, merged)
     for other in everywhere:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _jagged
+from ._collectives import check_group, gathered
 from .functional import GAEOutput, Number, gae
 from .recurrence import reverse_scan
 from .whiten import masked_whiten
@@ -118,7 +119,7 @@ def context_parallel_gae(
         folded = b.view(-1, chunks).clone()
         folded[:, -1] += a.view(-1, chunks)[:, -1] * behind
         b = folded.flatten()
-    everywhere = _gather(torch.stack([a, b]), ranks, group).view(ranks, 2, -1, chunks)
+    everywhere = gathered(torch.stack([a, b]), group).view(ranks, 2, -1, chunks)
     in_time = everywhere[..., 0] if chunks == 1 else torch.cat([everywhere[..., 0], everywhere[..., 1].flip(0)])
     # What leaves each chunk is a linear recurrence over the chunks: [chunks of a sequence, sequences]; nothing comes after the last.
     left = reverse_scan(in_time[:, 1], in_time[:, 0], time_dim=0)
@@ -240,12 +241,6 @@ def _at(x: Tensor, index: Tensor) -> Tensor:
     return x[index.clamp(0, x.shape[0] - 1)] if x.shape[0] else x.new_zeros(index.shape)
 
 
-def _gather(x: Tensor, ranks: int, group: torch.distributed.ProcessGroup) -> Tensor:
-    gathered = x.new_empty(ranks * x.numel())
-    torch.distributed.all_gather_into_tensor(gathered, x.flatten(), group=group)  # torch.compile makes a functional collective of it
-    return gathered
-
-
 def _bounds(rewards: Tensor, cu_seqlens: Tensor | None, time_major: bool) -> Tensor:
     """Where the sequences begin and end among the packed tokens, int64."""
     if cu_seqlens is not None:
@@ -269,8 +264,7 @@ def _check(
     time_dim: int,
 ) -> None:
     """Everything that could go wrong on the way to the operator, whose own checks are those of the numbers and dtypes."""
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"{_OP}: group: expected a torch.distributed process group that this rank is in, got {type(group).__name__}")
+    check_group("context_parallel_gae", group)
     for name, got, expected in (("order", order, _ORDERS), ("mask_mode", mask_mode, _MASK_MODES)):
         if got not in expected:
             raise ValueError(f"{_OP}: {name}: expected one of {', '.join(expected)}, got {got!r}")

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ._collectives import check_group
+
 _LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -145,13 +147,6 @@ class Share:
             return loss
         # Nothing valid anywhere: 0 by the smallest count, whose reciprocal is finite. In the loss's dtype, so that the gradient keeps it.
         return loss / self._pending.wait().clamp(min=_LEAST).to(loss.dtype)
-
-
-def check_group(function: str, group: object) -> None:
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"fused_critic.{function}: group: expected a torch.distributed process group that this rank is in, got {type(group).__name__}"
-        )
 
 
 def _check_options(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._collectives import gathered
+
 # Order of the moments: enum Moment in csrc/value_loss.h.
 _TOKENS, _WEIGHT, _LOSS, _CLIPPED, _OUTSIDE, _VALUE, _VALUE_SQ, _RETURN, _RETURN_SQ, _ERROR, _ERROR_SQ, _SEQUENCES, _MIN, _MAX = range(14)
 NUM_MOMENTS = 14
@@ -149,17 +151,12 @@ class ValueLossStats:
 
         Statistics of a loss of DTensors are those of the whole device mesh already; merging them again is an error.
         """
-        import torch.distributed as dist
-
         if type(self.moments) is not Tensor and hasattr(self.moments, "device_mesh"):
             raise ValueError(
                 "fused_critic.ValueLossStats.all_reduce: expected the statistics of one rank, got those of a DTensor, which are those of its whole "
                 "device mesh; ValueLossStats(stats.moments.to_local()) merges several meshes"
             )
-        world = dist.get_world_size(group)
-        gathered = self.moments.new_empty(world * self.moments.numel())
-        dist.all_gather_into_tensor(gathered, self.moments.flatten(), group=group)
-        return ValueLossStats(_merge(gathered.view(world, *self.moments.shape)))
+        return ValueLossStats(_merge(gathered(self.moments, group)))
 
     def to_dict(self) -> dict[str, float]:
         """All statistics of a single call or merge as Python floats, with a single synchronisation."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _jagged
+from ._collectives import check_group, gathered
 
 
 def masked_whiten(
@@ -55,7 +56,7 @@ def masked_whiten(
             )
         return _dtensor.whiten(x, mask, lambda x, mask, gather: _whiten(x, mask, shift_mean, unbiased, eps, gather))
     _check(x, mask, group)
-    return _whiten(x, mask, shift_mean, unbiased, eps, None if group is None else lambda moments: _gather(moments, group))
+    return _whiten(x, mask, shift_mean, unbiased, eps, None if group is None else lambda moments: gathered(moments, group))
 
 
 def _whiten(
@@ -96,14 +97,6 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(-1).sum(dtype=torch.float64)
 
 
-def _gather(moments: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    import torch.distributed as dist
-
-    gathered = moments.new_empty(dist.get_world_size(group) * moments.numel())
-    dist.all_gather_into_tensor(gathered, moments, group=group)  # torch.compile makes a functional collective of it
-    return gathered.view(-1, moments.numel())
-
-
 def _merge(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and sum of squared deviations of all ranks' positions together, from [3] of each."""
     counts, means, squares = rows.unbind(1)
@@ -123,10 +116,7 @@ def _check(x: Tensor, mask: Tensor | None, group: object) -> None:
         raise ValueError(f"fused_critic.masked_whiten: mask: expected device {x.device} (that of x), got {mask.device}")
     if group is None:
         return
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"fused_critic.masked_whiten: group: expected a torch.distributed process group that this rank is in, got {type(group).__name__}"
-        )
+    check_group("masked_whiten", group)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "fused_critic.masked_whiten: x: expected a tensor without gradient beside a group (the moments depend on every rank's x), "
