@@ -91,3 +91,16 @@ def test_rl_games_flags_and_masks_that_do_not_fit():
         rl_games.discount_values_masks(agent, flags[1], torch.zeros(3, 1), flags[0], rewards, rewards, torch.ones(5, 1))
     with pytest.raises(ValueError, match=r"rl_games: mb_rewards: expected \[T, N, V\], got shape \[5, 3\]"):
         rl_games.discount_values(agent, flags[1], torch.zeros(3), flags[0], rewards[..., 0], rewards[..., 0])
+
+
+# --- dtypes -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.9, torch.tensor(0.9), torch.full((3, 17, 1), 0.9)], ids=["number", "0-d", "per step"])
+@pytest.mark.parametrize("estimate", [torchrl.generalized_advantage_estimate, torchrl.vec_generalized_advantage_estimate])
+@pytest.mark.parametrize("name", ["state_value", "next_state_value", "reward"])
+def test_torchrl_takes_no_integers(name, estimate, gamma):
+    tensors = {key: torch.zeros(3, 17, 1) for key in ("state_value", "next_state_value", "reward", "done")}
+    tensors[name] = tensors[name].long()
+    with pytest.raises(TypeError, match=f"torchrl: {name}: expected a floating dtype, got torch.int64"):
+        estimate(gamma, 0.95, **tensors)

@@ -408,7 +408,7 @@ def test_difference_flags_that_are_not_bool(torchrl, parity, name, dtype):
 def test_difference_integer_rewards(torchrl, parity, name):
     value, following, reward, *flags = trajectories((3, 17, 2))
     assert getattr(torchrl, name)(GAMMA, LMBDA, value, following, reward.long(), *flags)[0].isfinite().all()
-    with pytest.raises(TypeError, match="rewards"):
+    with pytest.raises(TypeError, match="reward: expected a floating dtype"):
         getattr(fused_torchrl, name)(GAMMA, LMBDA, value, following, reward.long(), *flags)
     parity.differs("torchrl", name, "integer rewards", theirs="accepted", ours="TypeError")
 

@@ -125,17 +125,10 @@ class Adapter:
 
         Returns a context manager whose exit undoes what this call did.
         """
-        pairs = []
-        for replacement in self.replacements:
-            theirs = replacement.theirs()
-            if theirs is replacement.ours:
-                continue
-            if theirs is None or not _same_signature(theirs, replacement.ours):
-                raise RuntimeError(self._mismatch(replacement, theirs))
-            pairs.append((replacement, theirs))
+        found = self.check()
         done: list[_Replaced] = []
         try:
-            for replacement, theirs in pairs:
+            for replacement, theirs in found:
                 for place in self._places(replacement, theirs):
                     replaced = _Replaced(place, place.held(), _like(_stored(place, replacement), replacement.ours))
                     place.put(replaced.ours)
@@ -154,6 +147,26 @@ class Adapter:
         What somebody else has assigned in the meantime stays.
         """
         self._undo(list(self._replaced))
+
+    def check(self) -> list[tuple[Replacement, Callable[..., Any]]]:
+        """The replacements that are not made yet, each with the trainer's function. Imports the trainer, changes nothing.
+
+        Raises: RuntimeError, with both signatures, for a function of the trainer that is missing or has another signature than ours.
+        """
+        found = []
+        for replacement in self.replacements:
+            theirs = replacement.theirs()
+            if theirs is replacement.ours:
+                continue
+            if theirs is None or not _same_signature(theirs, replacement.ours):
+                raise RuntimeError(
+                    f"{replacement.target} of the installed {self.trainer} (version {self.installed_version() or 'unknown'}) is not the function "
+                    f"that fused_critic replaces, that of version {self.version}:\n"
+                    f"  {self.trainer}'s: {_written(theirs) or 'missing'}\n"
+                    f"  fused_critic's: {_written(replacement.ours)}"
+                )
+            found.append((replacement, theirs))
+        return found
 
     def examine(self) -> list[Finding]:
         """One finding per replacement; imports the trainer, changes nothing."""
@@ -210,14 +223,6 @@ class Adapter:
                 found = getattr(found, name, None)
             if found is not None:
                 yield registry, found
-
-    def _mismatch(self, replacement: Replacement, theirs: Optional[Callable[..., Any]]) -> str:
-        return (
-            f"{replacement.target} of the installed {self.trainer} (version {self.installed_version() or 'unknown'}) is not the function that "
-            f"fused_critic replaces, that of version {self.version}:\n"
-            f"  {self.trainer}'s: {_written(theirs) or 'missing'}\n"
-            f"  fused_critic's: {_written(replacement.ours)}"
-        )
 
 
 def signature_of(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:

@@ -31,7 +31,7 @@ half precision throughout            loop: target rounded twice. Vectorised     
 NaN or inf as next value of a        NaN                                         not used
 terminated step
 flags that are not bool              wrong numbers, silently (``~1`` is -2)      non-zero is set
-integer rewards                      accepted                                    TypeError
+integer rewards or values            accepted                                    TypeError
 [T] tensors, time_dim=0              results of shape [T, 1]                     [T]
 gamma with fewer dimensions,         ``time_dim`` counts in gamma's own shape:   expands to the values' shape, as torch expands
 positive time_dim                    other axes are combined
@@ -91,13 +91,14 @@ def generalized_advantage_estimate(
     """Generalised advantage estimation over ``time_dim`` of [*B, T, *F] tensors: (advantage, value_target), differentiable.
 
     ``done`` stops the trace, ``terminated`` (default: ``done``) drops the next value. The five tensors have exactly one shape, or a
-    RuntimeError names them. ``gamma`` and ``lmbda``: numbers, tensors of one element, or tensors that expand to that shape (a discount per
+    RuntimeError names them; values and rewards are floating, or a TypeError names the one that is not. ``gamma`` and ``lmbda``: numbers, tensors of one element, or tensors that expand to that shape (a discount per
     step). Where both are numbers in [0, 1] without gradient it is one pass of ``fused_critic.gae``; else ``fused_critic.reverse_scan`` over
     temporal differences that torch computes, with gradients for ``gamma`` and ``lmbda`` too.
 
     Dtypes are TorchRL's: the advantage has that of ``next_state_value``, the target that of the advantage and ``state_value`` together.
     """
-    advantage, value_target = _estimate(gamma, lmbda, state_value, next_state_value, reward, done, terminated, time_dim)
+    tensors = (state_value, next_state_value, reward, done, terminated)
+    advantage, value_target = vec_generalized_advantage_estimate(gamma, lmbda, *tensors, time_dim=time_dim)
     dtype = next_state_value.dtype
     return advantage.to(dtype), value_target.to(torch.promote_types(dtype, state_value.dtype))
 
@@ -114,25 +115,15 @@ def vec_generalized_advantage_estimate(
     time_dim: int = -2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`generalized_advantage_estimate`; both results are float32, or float64 if any tensor is, which is what TorchRL's has too."""
-    return _estimate(gamma, lmbda, state_value, next_state_value, reward, done, terminated, time_dim)
-
-
-def _estimate(
-    gamma: Scalar,
-    lmbda: Scalar,
-    state_value: torch.Tensor,
-    next_state_value: torch.Tensor,
-    reward: torch.Tensor,
-    done: torch.Tensor,
-    terminated: Optional[torch.Tensor],
-    time_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
     terminated = done if terminated is None else terminated
     named = {"state_value": state_value, "next_state_value": next_state_value, "reward": reward, "done": done, "terminated": terminated}
     shape = reward.shape
     if any(x.shape != shape for x in named.values()):
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in named.items())
         raise RuntimeError(f"fused_critic.integrations.torchrl: expected five tensors of one shape, got {shapes}")
+    for name in ("state_value", "next_state_value", "reward"):
+        if not named[name].dtype.is_floating_point:
+            raise TypeError(f"fused_critic.integrations.torchrl: {name}: expected a floating dtype, got {named[name].dtype}")
     if not -len(shape) <= time_dim < len(shape):
         raise RuntimeError(f"fused_critic.integrations.torchrl: time_dim={time_dim} is not a dimension of the shape {list(shape)}")
     layout = _Layout(shape, time_dim % len(shape))
@@ -309,12 +300,7 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _gae_class() -> type:
     """TorchRL's GAE, whose methods find our functions under the names of TorchRL's."""
-    for finding in ADAPTER.examine():
-        if not finding.fits:
-            raise RuntimeError(
-                f"{finding.target} of the installed TorchRL (version {ADAPTER.installed_version() or 'unknown'}) is not the function of "
-                f"version {ADAPTER.version}:\n  TorchRL's: {finding.theirs or 'missing'}\n  fused_critic's: {finding.ours}"
-            )
+    ADAPTER.check()
     advantages = importlib.import_module("torchrl.objectives.value.advantages")
     ours: dict[str, Callable[..., Any]] = {replacement.path[-1]: replacement.ours for replacement in ADAPTER.replacements}
     # A module of its own and not merely a dictionary: torch.compile looks globals up by the name of the module.
