@@ -66,7 +66,7 @@ def test_a_trainer_that_fits(trainer, capsys):
     status, out, _ = doctor(capsys, "a_trainer")
     assert status == 0
     assert out.splitlines() == [
-        "A Trainer (A-Trainer): 1.2.4 installed, 1.2.3 tested",
+        "A Trainer (A-Trainer): 1.2.4 installed, compared with 1.2.3: its own code, executed in the tests",
         "fake_trainer.core:loss: fits; replaced would be",
         "  fake_trainer.core.loss",
         "  fake_trainer.critic_loss",
@@ -110,7 +110,21 @@ def test_a_trainer_that_does_not_fit(trainer, capsys, tmp_path, source, theirs):
 
 def test_a_trainer_that_is_not_installed(write, capsys):
     write("integrations/a_trainer.py", INTEGRATION.format(replacements=PATCHED))
-    assert doctor(capsys, "a_trainer") == (2, "A Trainer (A-Trainer): none installed, 1.2.3 tested\nnot installed\n", "")
+    status, out, err = doctor(capsys, "a_trainer")
+    assert (status, err) == (2, "")
+    assert out.splitlines() == [
+        "A Trainer (A-Trainer): none installed, compared with 1.2.3: its own code, executed in the tests",
+        "not installed",
+    ]
+
+
+def test_what_a_trainer_was_compared_by(write, capsys):
+    """Formulas are not the trainer's code."""
+    adapter = INTEGRATION.format(replacements=PATCHED).replace('version="1.2.3"', 'version="1.2.3", evidence="formulas only"')
+    write("integrations/a_trainer.py", adapter)
+    assert doctor(capsys, "a_trainer")[1].startswith("A Trainer (A-Trainer): none installed, compared with 1.2.3: formulas only\n")
+    assert json.loads(doctor(capsys, "a_trainer", "--json")[1])["evidence"] == "formulas only"
+    assert "formulas only; its code is in no wheel and was not executed" in doctor(capsys, "nemo_rl")[1]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +183,7 @@ def test_all_trainers(trainer, capsys):
     assert {name: line.split("  ")[0] for name, line in found.items()} == {
         "a_trainer": "fits", "b_trainer": "functions only", "c_trainer": "not installed",
     }  # fmt: skip
-    assert found["a_trainer"].endswith("1.2.4 installed, 1.2.3 tested")
+    assert found["a_trainer"].endswith("1.2.4 installed, compared with 1.2.3: its own code, executed in the tests")
     trainer("site/fake_trainer/core.py", "import no_such_dependency")
     del sys.modules["fake_trainer.core"]
     status, found = lines(capsys, "a_trainer")
@@ -184,7 +198,8 @@ def test_json(trainer, capsys):
         "name": "A Trainer",
         "distribution": "A-Trainer",
         "installed_version": "1.2.4",
-        "tested_version": "1.2.3",
+        "compared_version": "1.2.3",
+        "evidence": "its own code, executed in the tests",
         "status": "fits",
         "reason": None,
         "functions": {},

@@ -103,15 +103,21 @@ class _Replaced:
 class Adapter:
     """install(), uninstall() and examine() of one trainer.
 
-    `distribution`: its name on PyPI; `version`: the one whose signatures `replacements` have; `registries`: mappings of the trainer that
-    hold functions by name, written "package.module:ATTRIBUTE" or "package.module:Class.attribute". A trainer whose code is its users' own
-    has no replacements, only functions to call.
+    `distribution`: its name on PyPI; `version`: the one whose signatures `replacements` have; `evidence`: what of that version ours is compared
+    with; `registries`: mappings of the trainer that hold functions by name, written "package.module:ATTRIBUTE" or
+    "package.module:Class.attribute". A trainer whose code is its users' own has no replacements, only functions to call.
     """
 
     def __init__(
-        self, trainer: str, distribution: str, version: str, replacements: Sequence[Replacement] = (), registries: Sequence[str] = ()
+        self,
+        trainer: str,
+        distribution: str,
+        version: str,
+        replacements: Sequence[Replacement] = (),
+        registries: Sequence[str] = (),
+        evidence: str = "its own code, executed in the tests",
     ):
-        self.trainer, self.distribution, self.version = trainer, distribution, version
+        self.trainer, self.distribution, self.version, self.evidence = trainer, distribution, version, evidence
         self.replacements, self.registries = tuple(replacements), tuple(registries)
         self._replaced: list[_Replaced] = []  # in the order of replacing
 

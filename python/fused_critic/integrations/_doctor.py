@@ -41,7 +41,8 @@ class Diagnosis:
     name: str  # as the trainer calls itself
     distribution: str
     installed_version: Optional[str]
-    tested_version: str
+    compared_version: str
+    evidence: str  # what ours was compared with, of that version
     status: str
     reason: Optional[str] = None  # why it cannot be imported
     functions: dict[str, str] = field(default_factory=dict)  # to be called, where nothing is replaced: name and signature
@@ -73,7 +74,9 @@ def known() -> dict[str, ModuleType]:
 
 def diagnose(trainer: str, module: ModuleType) -> Diagnosis:
     adapter: Adapter = module.ADAPTER
-    diagnosis = Diagnosis(trainer, adapter.trainer, adapter.distribution, adapter.installed_version(), adapter.version, FUNCTIONS)
+    diagnosis = Diagnosis(
+        trainer, adapter.trainer, adapter.distribution, adapter.installed_version(), adapter.version, adapter.evidence, FUNCTIONS
+    )
     if not adapter.replacements:
         diagnosis.functions = _functions(module)
         return diagnosis
@@ -126,7 +129,7 @@ def _functions(module: ModuleType) -> dict[str, str]:
 
 
 def _versions(diagnosis: Diagnosis) -> str:
-    return f"{diagnosis.installed_version or 'none'} installed, {diagnosis.tested_version} tested"
+    return f"{diagnosis.installed_version or 'none'} installed, compared with {diagnosis.compared_version}: {diagnosis.evidence}"
 
 
 def _table(diagnoses: list[Diagnosis]) -> str:

@@ -10,13 +10,13 @@ methods, so that instances which exist already are served too:
 
 A process has to be patched before it computes: advantages are computed in the driver, the value loss in the value model's workers.
 
-The project on PyPI of this name is a placeholder without code. The signatures and formulas are those that the repository had, and what
-the tests compare with is written from them, not NeMo-RL's own code.
+The project on PyPI of this name is a placeholder without code, so that NeMo-RL's own code was never executed beside ours. Signatures and
+formulas are those that were read in the repository; what the tests compare with is written from them.
 
-At valid tokens the results are NeMo-RL's up to rounding. They differ on purpose in these points:
+At valid tokens the results follow these formulas up to rounding. They differ on purpose in these points:
 
 ===================================  ====================================  =====================================================
-case                                 NeMo-RL                               here
+case                                 NeMo-RL, as read                      here
 ===================================  ====================================  =====================================================
 NaN or inf at masked tokens          loss, gradient, metrics, advantages   never used; gradient exactly 0
                                      and returns NaN
@@ -147,6 +147,7 @@ ADAPTER = Adapter(
     "NeMo-RL",
     distribution="nemo-rl",
     version="git 00925dd (2026-08-22)",
+    evidence="formulas only; its code is in no wheel and was not executed",
     replacements=[
         Replacement(f"{_ESTIMATOR}._compute_gae", compute_gae),
         Replacement(f"{_ESTIMATOR}._reward_whiten", reward_whiten),
