@@ -35,6 +35,7 @@ class PendingCounts:
         return BatchCounts(*self._pending.wait().unbind())
 
 
+# Without the overloads a caller's type checker would have both results from every call; an overload has to repeat all parameters.
 @overload
 def global_counts(
     masks: Tensor | Sequence[Tensor],

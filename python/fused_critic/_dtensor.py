@@ -6,8 +6,15 @@ the sequences (Shard(0) of [B, T], Shard(1) of [T, B], Shard(0) of what has one 
 that, the replicated ones are cut, which needs no communication. Anything else is an error before any communication, but for the public gae, which
 takes sequences that are cut in time to context_parallel_gae. The one exception is gradients on their way back, which autograd brings in whatever placement it likes: they are redistributed as torch's own operators do it.
 
-Only value_loss communicates: one all-gather of 15 numbers per rank, after its pass over the tokens, gives loss and statistics of the whole.
-Loss and statistics are replicated, with the same bits on every rank.
+What communicates (a gather, or a sum, is one collective for each mesh dimension that shards):
+
+- value_loss: a gather of each rank's 15 numbers (14 for the reduction "none"), after its pass over the tokens, gives loss and statistics of the
+  whole, replicated, with the same bits on every rank. Its gradient: nothing.
+- masked_whiten, and gae with whiten: a gather of each rank's 3 moments; the backward of masked_whiten sums their gradients.
+- gae of sequences that are cut in time: context_parallel_gae.
+- The backward of reverse_scan where the decay is a plain 0-d tensor: a sum of the decay's gradient, which is a plain tensor too.
+- A number given as a Partial DTensor (a count of this rank's tokens): its sum.
+- Gradients that arrive in another placement: their redistribution.
 """
 
 from __future__ import annotations
