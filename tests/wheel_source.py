@@ -35,9 +35,10 @@ def wheel(name: str, version: str, cache: Path, download: bool) -> Path:
 def _download(name: str, version: str, cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        # A wheel's bounds on Python and its dependencies are those of the whole package, of which a few functions are wanted.
+        # A wheel's bounds on Python and its dependencies are those of the whole package, of which a few functions are wanted; and it is read,
+        # not installed: one made for Python 3.11, which every version pinned here has, serves any.
         pip_download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        options = ["--ignore-requires-python", "--only-binary=:all:", "--dest", folder]
+        options = ["--ignore-requires-python", "--python-version", "3.11", "--only-binary=:all:", "--dest", folder]
         try:
             command = [*pip_download, *options, f"{name}=={version}"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
