@@ -5,7 +5,7 @@
 - verl's functions, executed from the wheel's source, and ours on the same data; every difference on purpose is a test of its own.
 - install() and uninstall().
 
-Without the wheel (verl_wheel.py says where it comes from) all of it is skipped.
+Without the wheel (verl_wheel.py says where it comes from) all of it is skipped, in CI it fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 import torch
 import verl_session
 import verl_wheel
+import wheel_source
 from fused_critic.integrations import _adapter
 from fused_critic.integrations import verl as fused_verl
 
@@ -36,19 +37,13 @@ SUBPROCESS_TIMEOUT = 120  # seconds
 @pytest.fixture(scope="module")
 def verl():
     """verl's own functions."""
-    try:
-        return verl_wheel.functions()
-    except verl_wheel.VerlUnavailable as reason:
-        pytest.skip(f"no verl wheel: {reason}")
+    return wheel_source.or_skip(verl_wheel.functions)
 
 
 @pytest.fixture(scope="module")
 def verl_root():
     """The folder with the wheel's content."""
-    try:
-        return verl_wheel.unpacked()
-    except verl_wheel.VerlUnavailable as reason:
-        pytest.skip(f"no verl wheel: {reason}")
+    return wheel_source.or_skip(verl_wheel.unpacked)
 
 
 def run_beside_verl(arguments, verl_root, **variables):

@@ -25,12 +25,9 @@ class Critic:
         functions = wheel_source.execute(path, ["masked_mean", "masked_var", "masked_whiten"], torch=torch)
         self.masked_mean, self.masked_whiten = functions.masked_mean, functions.masked_whiten
 
-        def lines(first: str, last: str):
-            return wheel_source.statements(path, "PPOTrainer.train", first, last)
-
-        self._from_logprobs = lines("response_idxs", "advantages")
-        self._gae = lines("lastgaelam", "advantages")
-        self._value_loss = lines("vpred", "vf_clipfrac")
+        self._from_logprobs = wheel_source.statements(path, "response_idxs = ", "advantages = ")
+        self._gae = wheel_source.statements(path, "lastgaelam = 0", "advantages = ")
+        self._value_loss = wheel_source.statements(path, "vpred = ", "vf_clipfrac = ")
 
     def from_logprobs(self, responses, logprobs, ref_logprobs, sequence_lengths, values, scores, **args) -> SimpleNamespace:
         """Everything from the padding masks on: values without padding, rewards, advantages, returns. All of the trainer's variables."""

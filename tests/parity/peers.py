@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
-import pytest
 import trl_wheel
 import verl_wheel
 import wheel_source
@@ -38,16 +36,16 @@ def snippets(trainer: str) -> list[str]:
 
 
 def root(distribution: str) -> Path:
-    """The folder with the wheel's content. Without the wheel the test is skipped, in CI it fails."""
-    try:
-        cache = verl_wheel.cache_dir()
-        return wheel_source.unpacked(wheel_source.wheel(distribution, VERSIONS[distribution], cache, download=True), cache)
-    except wheel_source.Unavailable as reason:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no wheel of {distribution}: {reason}")
+    """The folder with the wheel's content."""
+    cache = verl_wheel.cache_dir()
+    return wheel_source.unpacked(wheel_source.or_skip(wheel_source.wheel, distribution, VERSIONS[distribution], cache, True), cache)
 
 
 def functions(distribution: str, path: str, names: list[str], **scope: Any) -> SimpleNamespace:
     """The named functions or classes ("Class.method": as a function) of the wheel's file `path`, executed in `scope`."""
     return wheel_source.execute(root(distribution) / path, names, **scope)
+
+
+def statements(distribution: str, path: str, first: str, last: str | None = None) -> CodeType:
+    """Statements of the wheel's file `path` that are no function of their own, for exec() (wheel_source.statements)."""
+    return wheel_source.statements(root(distribution) / path, first, last)

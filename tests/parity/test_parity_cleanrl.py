@@ -14,7 +14,6 @@ import torch
 from fused_critic.integrations import cleanrl as fused_cleanrl
 from hypothesis import given
 from rollouts import ENDS, GAMMA, LAM, SHAPES, inside_the_range, loss_and_gradient, minibatch, rollout, rollouts
-from source_block import block
 
 CLIP = 0.3
 SCRIPTS = [
@@ -33,7 +32,7 @@ def their_gae(d, gamma=GAMMA, lam=LAM, script=SCRIPTS[0]):
         args=args, rewards=d.rewards, values=d.values, dones=d.dones.to(dtype), next_done=d.last_dones.to(dtype),
         next_value=d.last_values.reshape(1, -1), device="cpu", torch=torch,
     )  # fmt: skip
-    exec(block("cleanrl", script, "advantages = torch.zeros_like", "returns = advantages"), scope)
+    exec(peers.statements("cleanrl", script, "advantages = torch.zeros_like", "returns = advantages"), scope)
     return scope["advantages"], scope["returns"]
 
 
@@ -46,13 +45,13 @@ def their_loss(newvalue, b_values, b_returns, clip_vloss=True, clip_coef=CLIP, s
         args=SimpleNamespace(clip_vloss=clip_vloss, clip_coef=clip_coef), newvalue=newvalue, b_values=b_values, b_returns=b_returns,
         mb_inds=slice(None), torch=torch,
     )  # fmt: skip
-    exec(block("cleanrl", script, "if args.clip_vloss"), scope)
+    exec(peers.statements("cleanrl", script, "if args.clip_vloss"), scope)
     return scope["v_loss"]
 
 
 def their_explained_variance(b_values, b_returns):
     scope = dict(b_values=b_values, b_returns=b_returns, np=np)
-    exec(block("cleanrl", SCRIPTS[0], "y_pred, y_true", "explained_var ="), scope)
+    exec(peers.statements("cleanrl", SCRIPTS[0], "y_pred, y_true", "explained_var ="), scope)
     return scope["explained_var"]
 
 

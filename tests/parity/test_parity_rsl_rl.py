@@ -15,7 +15,6 @@ from fused_critic.integrations import _adapter
 from fused_critic.integrations import rsl_rl as fused_rsl_rl
 from hypothesis import given
 from rollouts import ENDS, GAMMA, LAM, SHAPES, inside_the_range, loss_and_gradient, minibatch, near_constant, rollout, rollouts
-from source_block import block
 from wheel_import import SilentWriter, importable
 
 CLIP = 0.3
@@ -68,7 +67,7 @@ def their_loss(values, old_values, returns, use_clipped_value_loss=True, clip_pa
         self=SimpleNamespace(use_clipped_value_loss=use_clipped_value_loss, clip_param=clip_param), values=values,
         batch=SimpleNamespace(values=old_values, returns=returns), torch=torch,
     )  # fmt: skip
-    exec(block("rsl_rl_lib", PPO, "if self.use_clipped_value_loss"), scope)
+    exec(peers.statements("rsl_rl_lib", PPO, "if self.use_clipped_value_loss"), scope)
     return scope["value_loss"]
 
 

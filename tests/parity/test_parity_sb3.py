@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 import types
 from types import SimpleNamespace
@@ -50,15 +49,7 @@ def sb3():
 
 def value_loss_of_train():
     """The statements of PPO.train() that compute the value loss, as a function with the signature of ours."""
-    path = peers.root(TRAINER) / "stable_baselines3/ppo/ppo.py"
-    (loop,) = (
-        node
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.For) and ast.unparse(node.target) == "rollout_data"
-    )
-    chosen = [statement for statement in loop.body if {"values_pred", "value_loss"} & assigned(statement)]
-    assert [type(statement) for statement in chosen] == [ast.If, ast.Assign], "PPO.train() is not what it was"
-    code = compile(ast.Module(body=chosen, type_ignores=[]), str(path), "exec")
+    code = peers.statements(TRAINER, "stable_baselines3/ppo/ppo.py", "if self.clip_range_vf is None", "value_loss = ")
 
     def value_loss(values, old_values, returns, clip_range_vf=None):
         scope = dict(th=torch, F=F, values=values, clip_range_vf=clip_range_vf)
@@ -69,10 +60,6 @@ def value_loss_of_train():
         return scope["value_loss"]
 
     return value_loss
-
-
-def assigned(statement):
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def filled(cls, shape, seed=0, gamma=GAMMA, lam=LAM, dtype=np.float32, space=SPACE):

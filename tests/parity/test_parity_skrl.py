@@ -19,7 +19,6 @@ from fused_critic.integrations import _adapter
 from fused_critic.integrations import skrl as fused_skrl
 from hypothesis import given
 from rollouts import ENDS, GAMMA, LAM, SHAPES, inside_the_range, loss_and_gradient, minibatch, near_constant, rollout, rollouts
-from source_block import block
 from wheel_import import SilentWriter, importable
 
 CLIP, SCALE = 0.3, 2.5
@@ -60,7 +59,7 @@ def their_loss(predicted_values, sampled_values, sampled_returns, value_clip=CLI
         self=SimpleNamespace(cfg=SimpleNamespace(value_clip=value_clip, value_loss_scale=SCALE)), predicted_values=predicted_values,
         sampled_values=sampled_values, sampled_returns=sampled_returns, torch=torch, F=F,
     )  # fmt: skip
-    exec(block("skrl", f"skrl/{agent}.py", "if self.cfg.value_clip > 0", "value_loss = "), scope)
+    exec(peers.statements("skrl", f"skrl/{agent}.py", "if self.cfg.value_clip > 0", "value_loss = "), scope)
     return scope["value_loss"]
 
 

