@@ -431,7 +431,6 @@ import verl_session
 verl_session.stub_missing_dependencies()
 import verl.trainer.ppo.core_algos as core_algos
 import verl.workers.utils.losses as losses
-from fused_critic.integrations import _adapter
 from fused_critic.integrations import verl as fused_verl
 theirs = core_algos.compute_value_loss, core_algos.compute_gae_advantage_return
 for repetition in range(2):
@@ -447,7 +446,6 @@ import verl_session
 verl_session.stub_missing_dependencies()
 import verl
 import verl.workers.utils.losses as losses
-from fused_critic.integrations import _adapter
 from fused_critic.integrations import verl as fused_verl
 assert losses.compute_value_loss is fused_verl.compute_value_loss
 assert verl.trainer.ppo.core_algos.get_adv_estimator_fn("gae") is fused_verl.compute_gae_advantage_return
