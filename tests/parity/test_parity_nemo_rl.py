@@ -7,7 +7,6 @@ were executed by both sides.
 
 from __future__ import annotations
 
-import math
 import sys
 import types
 from types import SimpleNamespace
@@ -170,7 +169,7 @@ def test_micro_batches_add_up_to_the_batch():
     close(1 - of_errors / of_returns, 1 - errors.var(correction=0) / returns.var(correction=0), 1e-10)
 
 
-# --- different on purpose: what the formulas give, and ours ------------------------------------------------------------------------------
+# --- different on purpose: NeMo-RL's side is in the docstrings, read, not executed --------------------------------------------------------
 
 
 def test_difference_nan_at_masked_tokens():
@@ -179,11 +178,9 @@ def test_difference_nan_at_masked_tokens():
     masked = (data["token_mask"] * data["sample_mask"].unsqueeze(-1)) == 0
     clean = our_loss(data, 57)
     dirty = {name: x.masked_fill(masked, NAN) if name in ("logits", "values", "returns") else x for name, x in data.items()}
-    assert ((dirty["logits"] - dirty["returns"]) ** 2 * ~masked).sum().isnan()
     ours = our_loss(dirty, 57)
     assert torch.equal(ours[0], clean[0]) and ours[1] == clean[1] and torch.equal(ours[2], clean[2]) and not ours[2][masked].any()
 
-    assert math.isnan(NAN * 0 + (1 - 0) * 1.0)
     gaps = data["token_mask"] == 0
     filled = ([data[name].masked_fill(gaps, x) for name in ("rewards", "values")] for x in (0.0, NAN))
     clean, dirty = (fused_nemo_rl.compute_gae(estimator(), *tensors, data["token_mask"]) for tensors in filled)
@@ -203,24 +200,21 @@ def test_difference_gae_at_masked_tokens():
 
 
 def test_difference_bool_mask():
+    """NeMo-RL's GAE subtracts the mask from 1, which torch refuses for a bool; its loss multiplies it by the float sample mask."""
     data = batch((6, 40))
     mask = data["token_mask"].bool()
-    with pytest.raises(RuntimeError, match="bool tensor is not supported"):
-        1 - mask[:, 0]  # of the carry
     ours = fused_nemo_rl.compute_gae(estimator(), data["rewards"], data["values"], mask)
     expected = fused_nemo_rl.compute_gae(estimator(), data["rewards"], data["values"], data["token_mask"])
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
-    data["token_mask"] = mask  # the loss takes it in both: bool times the float sample mask
+    data["token_mask"] = mask
     assert our_loss(data, 57)[0] == our_loss(batch((6, 40)), 57)[0]
 
 
 def test_difference_nothing_valid_and_whitening_of_one_token():
-    """One token: its variance 0 times n / (n - 1), which is infinite. Nothing: 0 / 1e-8 in the loss, which is 0 in both."""
+    """One token: NeMo-RL's variance is 0 times n / (n - 1), NaN. Nothing: 0 / 1e-8 in its loss, which is 0 in both."""
     data = batch((6, 40))
     one = torch.zeros_like(data["token_mask"])
     one[3, 5] = 1
-    n = one.sum()
-    assert (torch.tensor(0.0) * (n / (n - 1))).isnan()
     assert not fused_nemo_rl.reward_whiten(estimator(), data["rewards"], one).any()
     assert not fused_nemo_rl.reward_whiten(estimator(), data["rewards"], 0 * one).any()
     data["token_mask"] = 0 * one
@@ -244,9 +238,8 @@ def test_difference_fractional_weights():
 
 
 def test_difference_half_precision_throughout():
-    """In bfloat16 the bounds of the range around 100 are 100, and the loss is 0.5 * 4 ** 2."""
+    """NeMo-RL clips in bfloat16, where the bounds of the range around 100 are 100, and the loss is 0.5 * 4 ** 2."""
     old, new, target = (torch.full((1, 4), x, dtype=torch.bfloat16) for x in (100.0, 100.5, 104.0))
-    assert torch.equal(old + CLIP, old) and torch.equal(old - CLIP, old)
     data = {"logits": new, "values": old, "returns": target, "token_mask": torch.ones(1, 4), "sample_mask": torch.ones(1)}
     loss, _, gradient = our_loss(data, 4)
     assert loss.dtype == torch.float32 and gradient.dtype == torch.bfloat16
