@@ -161,16 +161,16 @@ def test_workers_loss_shapes(parity, verl, layout, rows, longest):
 
 @pytest.mark.parametrize("layout", ["jagged", "padded"])
 @pytest.mark.parametrize(
-    "value_dtype, dtype, rtol, gradient_rtol, suffix",
+    "value_dtype, dtype, rtol, gradient_rtol, atol, suffix",
     [
-        (torch.float64, torch.float64, 1e-7, 1e-7, ", float64"),
+        (torch.float64, torch.float64, 1e-12, 1e-12, 1e-15, ", float64"),
         # verl adds the two branches' gradients in bf16; ours is rounded once.
-        (torch.bfloat16, torch.float32, 1e-6, 2e-2, ", bf16 critic"),
+        (torch.bfloat16, torch.float32, 1e-6, 2e-2, 1e-7, ", bf16 critic"),
     ],
     ids=["float64", "bf16 critic"],
 )
-def test_workers_loss_dtypes(parity, verl, layout, value_dtype, dtype, rtol, gradient_rtol, suffix):
-    check(parity, verl, make(layout, value_dtype=value_dtype, dtype=dtype), {}, rtol, 1e-6, gradient_rtol, suffix)
+def test_workers_loss_dtypes(parity, verl, layout, value_dtype, dtype, rtol, gradient_rtol, atol, suffix):
+    check(parity, verl, make(layout, value_dtype=value_dtype, dtype=dtype), {}, rtol, atol, gradient_rtol, suffix)
 
 
 def test_workers_loss_of_packed_predictions(verl):
@@ -255,36 +255,42 @@ def padded(dtype=torch.float32, value_dtype=None, shape=(6, 40)):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "dtype, value_dtype, rtol, gradient_rtol, suffix",
+    "dtype, value_dtype, rtol, gradient_rtol, atol, suffix",
     [
-        (torch.float32, None, 1e-6, 1e-6, ""),
-        (torch.float64, None, 1e-7, 1e-7, ", float64"),
-        (torch.float32, torch.bfloat16, 1e-6, 2e-2, ", bf16 critic"),
+        (torch.float32, None, 1e-6, 1e-6, 1e-7, ""),
+        (torch.float64, None, 1e-12, 1e-12, 1e-15, ", float64"),
+        (torch.float32, torch.bfloat16, 1e-6, 2e-2, 1e-7, ", bf16 critic"),
     ],
     ids=["float32", "float64", "bf16 critic"],
 )
-def test_value_loss(parity, core_algos, mode, dtype, value_dtype, rtol, gradient_rtol, suffix):
+def test_value_loss(parity, core_algos, mode, dtype, value_dtype, rtol, gradient_rtol, atol, suffix):
     arguments = (*padded(dtype, value_dtype), CLIP, mode)
     (loss, clip_fraction), (loss_theirs, clip_fraction_theirs) = (
         f(*arguments) for f in (fused_verl.compute_value_loss, core_algos.compute_value_loss)
     )
     gradients = [torch.autograd.grad(x, arguments[0])[0] for x in (loss, loss_theirs)]
-    parity.same("verl", "compute_value_loss", "loss" + suffix, loss, loss_theirs, rtol=rtol, atol=1e-6)
-    parity.same("verl", "compute_value_loss", "gradient" + suffix, *gradients, rtol=gradient_rtol, atol=1e-6)
+    parity.same("verl", "compute_value_loss", "loss" + suffix, loss, loss_theirs, rtol=rtol, atol=atol)
+    parity.same("verl", "compute_value_loss", "gradient" + suffix, *gradients, rtol=gradient_rtol, atol=atol)
     parity.same("verl", "compute_value_loss", "clip fraction", clip_fraction, clip_fraction_theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("gamma, lam", [(GAMMA, LAM), (1.0, 0.95), (1.0, 1.0)])
 @pytest.mark.parametrize(
-    "dtype, tolerance, suffix", [(torch.float32, 1e-5, ""), (torch.float64, 1e-7, ", float64")], ids=["float32", "float64"]
+    "dtype, tolerances, suffix",
+    [
+        (torch.float32, (1e-5, 1e-5), ""),
+        # verl adds 1e-8 to the number of tokens that it whitens over: of some 160, a share of 6e-11.
+        (torch.float64, (1e-9, 1e-12), ", float64"),
+    ],
+    ids=["float32", "float64"],
 )
-def test_gae(parity, core_algos, dtype, tolerance, suffix, gamma, lam):
+def test_gae(parity, core_algos, dtype, tolerances, suffix, gamma, lam):
     values, rewards, _, mask = padded(dtype)
     values, mask = values.detach(), mask.to(dtype)
     ours, theirs = (
         f(rewards, values, mask, gamma, lam) for f in (fused_verl.compute_gae_advantage_return, core_algos.compute_gae_advantage_return)
     )
-    for name, x, y in zip(("advantages, whitened", "returns"), ours, theirs):
+    for name, x, y, tolerance in zip(("advantages, whitened", "returns"), ours, theirs, tolerances):
         parity.same("verl", "compute_gae_advantage_return", name + suffix, x, y, rtol=tolerance, atol=tolerance, where=mask)
 
 
