@@ -80,9 +80,10 @@ def test_value_loss(trl, parity, shape, dtype, rtol, atol):
     assert ours[0].dtype == theirs[0].dtype and ours[1].dtype == theirs[1].dtype == torch.float32 and ours[2].dtype == dtype
     if shape == (64, 128):
         assert 0.05 < theirs[1] < 0.95
-    for what, ours_is, theirs_is in zip(("loss", "clip fraction", "gradient"), ours, theirs):
-        precision = (1e-6, 1e-7) if what == "clip fraction" else (rtol, atol)
-        parity.same("trl", LOSS, what, ours_is, theirs_is, rtol=precision[0], atol=precision[1])
+    suffix = ", float64" if dtype == torch.float64 else ""
+    parity.same("trl", LOSS, "loss" + suffix, ours[0], theirs[0], rtol=rtol, atol=atol)
+    parity.same("trl", LOSS, "clip fraction", ours[1], theirs[1], rtol=1e-6, atol=1e-7)
+    parity.same("trl", LOSS, "gradient" + suffix, ours[2], theirs[2], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.float16])
@@ -105,11 +106,11 @@ def test_advantages_and_returns(trl, parity, shape, dtype, gamma, lam):
     ours = fused_trl.advantages_and_returns(left.rewards, left.values, left.padding_mask, gamma, lam)
     assert all(x.dtype == dtype for x in (*ours, left.advantages, left.returns))
     if dtype == torch.float32:
-        precisions = ((1e-4, 1e-5), (1e-4, 1e-5))
+        precisions, suffix = ((1e-4, 1e-5), (1e-4, 1e-5)), ""
     else:  # the factor n / (n - 1) of TRL's variance is a quotient of integers, which torch rounds to float32
-        precisions = ((torch.finfo(torch.float32).eps, 1e-9), (1e-11, 1e-12))
+        precisions, suffix = ((torch.finfo(torch.float32).eps, 1e-9), (1e-11, 1e-12)), ", float64"
     for what, ours_is, theirs_is, (rtol, atol) in zip(("advantages", "returns"), ours, (left.advantages, left.returns), precisions):
-        parity.same("trl", GAE, what, ours_is, theirs_is, rtol=rtol, atol=atol)  # at padding too
+        parity.same("trl", GAE, what + suffix, ours_is, theirs_is, rtol=rtol, atol=atol)  # at padding too
     assert not ours[0][left.padding_mask].any()
 
 
