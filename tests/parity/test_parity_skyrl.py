@@ -225,6 +225,17 @@ def test_difference_half_precision_throughout(skyrl, parity):
     parity.differs("skyrl", GAE, "bf16 throughout", theirs="computed and returned in bf16", ours="computed and returned in float32")
 
 
+def test_difference_float64_beside_an_integer_mask(skyrl, parity):
+    """n / (n - 1) of the variance is float32 of integers; of a float64 mask it is exact in SkyRL too."""
+    values, _, rewards, mask = batch((6, 40), torch.float64)
+    theirs, ours = (module.compute_gae_advantage_return(rewards, values, mask.long(), GAMMA, LAMBD) for module in (skyrl, fused_skyrl))
+    exact = skyrl.compute_gae_advantage_return(rewards, values, mask.double(), GAMMA, LAMBD)
+    assert all(x.dtype == torch.float64 for x in (*theirs, *ours))
+    assert 1e-10 < (theirs[0][mask] / exact[0][mask] - 1).abs().max() < torch.finfo(torch.float32).eps
+    torch.testing.assert_close(ours[0][mask], exact[0][mask], rtol=1e-12, atol=1e-12)
+    parity.differs("skyrl", GAE, "float64 beside an integer mask", theirs="n / (n - 1) in float32", ours="in float64")
+
+
 @pytest.mark.parametrize("value, old, ret", [(1.5, 0.5, 1.25), (0.5, 0.0, 3.0)], ids=["equal losses", "on the bound"])
 def test_difference_gradient_at_ties(skyrl, parity, value, old, ret):
     """Clip range 0.5: the return half way between the value and its clipped value, and the value on the bound of the range."""

@@ -234,6 +234,26 @@ def test_difference_half_precision_throughout(trl, parity):
     parity.differs("trl", GAE, "bf16 throughout", theirs="computed and returned in bf16", ours="computed and returned in float32")
 
 
+def test_difference_float64_throughout(trl, parity):
+    """n / (n - 1) of the variance is float32 of integers, which a padding mask sums up to; of a float64 mask it is exact in TRL too."""
+    left = theirs_before(trl, rollout((6, 40), torch.float64))
+    rewards, valid = left.rewards, ~left.padding_mask_p1
+    theirs, exact = (trl.masked_whiten(rewards, mask, shift_mean=False)[valid] for mask in (valid, valid.double()))
+    ours = fused_trl.whiten_rewards(rewards, left.padding_mask_p1)[valid]
+    assert theirs.dtype == ours.dtype == torch.float64
+    assert (theirs - exact).abs().max() > 1e-10
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+    parity.differs("trl", WHITEN, "float64 throughout", theirs="n / (n - 1) in float32", ours="in float64")
+
+    valid = ~left.padding_mask
+    exact = trl.masked_whiten(left.returns - left.values, valid.double())[valid]
+    ours, _ = fused_trl.advantages_and_returns(rewards, left.values, left.padding_mask, GAMMA, LAM)
+    assert left.advantages.dtype == ours.dtype == torch.float64
+    assert (left.advantages[valid] - exact).abs().max() > 1e-10
+    torch.testing.assert_close(ours[valid], exact, rtol=1e-12, atol=1e-12)
+    parity.differs("trl", GAE, "float64 throughout", theirs="n / (n - 1) in float32", ours="in float64")
+
+
 @pytest.mark.parametrize("vpred, value, ret", [(1.5, 0.5, 1.25), (0.5, 0.0, 3.0)], ids=["equal losses", "on the bound"])
 def test_difference_gradient_at_ties(trl, parity, vpred, value, ret):
     """Clip range 0.5: the return half way between vpred and its clipped value, and vpred on the bound of the range."""
