@@ -521,20 +521,22 @@ def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     for check in CHECKS:
-        failure = None
+        failure, everyone = None, [None] * world
         try:
             check(world)
         except Exception:
             failure = f"rank {rank} of {world}: {check.__name__}\n{traceback.format_exc()}"
-            Path(folder, f"failure{rank}").write_text(failure)
         # A rank that failed may have left the others in the middle of a collective: then nothing after it means anything.
         try:
-            everyone = [None] * world
             dist.all_gather_object(everyone, failure)
         except Exception:
+            failure = failure or f"rank {rank} of {world}: after {check.__name__}\n{traceback.format_exc()}"
+        if failure:
+            Path(folder, f"failure{rank}").write_text(failure)
+        if failure or any(everyone):
             break
-        if any(everyone):
-            break
+    else:
+        Path(folder, f"done{rank}").touch()
     dist.destroy_process_group()
 
 
@@ -546,6 +548,7 @@ def test_dtensors_give_what_one_process_gives(world, tmp_path):
     mp.start_processes(worker, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
     failures = [path.read_text() for path in sorted(tmp_path.glob("failure*"))]
     assert not failures, "\n".join(failures)
+    assert len(list(tmp_path.glob("done*"))) == world
 
 
 # What a process may do before it imports torch.distributed.tensor.
