@@ -21,7 +21,7 @@ help:  ## this list
 	@echo "usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)] [TORCH=$(TORCH)] [MAX_JOBS=$(MAX_JOBS)]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST))
 
-test: $(VENV)/.built-test  ## set up and run the whole test suite (PYTEST_ARGS are passed on)
+test: $(VENV)/.built-test  ## set up and run the test suite but the real trainers (PYTEST_ARGS are passed on)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-trainers: $(VENV)/.built-trainers  ## set up and run the real trainers, with their own critic and with ours
