@@ -87,12 +87,9 @@ def update(critic: nn.Module, optimizer: torch.optim.Optimizer, rollout: Rollout
     stats = []
     for epoch in range(EPOCHS):
         for rows in torch.arange(EPISODES).chunk(MINIBATCHES):
-            mask = rollout.mask[rows]
-            tokens = mask.sum()
-            dist.all_reduce(tokens)
             values = critic(rollout.positions[rows])
             loss, batch = fused_critic.value_loss(
-                values, old_values[rows], returns[rows], mask, clip_range=VALUE_CLIP, batch_num_tokens=tokens, dp_size=dist.get_world_size()
+                values, old_values[rows], returns[rows], rollout.mask[rows], clip_range=VALUE_CLIP, group=group
             )
             optimizer.zero_grad()
             loss.backward()
