@@ -77,9 +77,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A causal transformer: the actor with one output per token of the vocabulary, the critic with a single one."""
 
-    def __init__(self, outputs: int, dim: int = 64, heads: int = 4, depth: int = 2):
+    def __init__(
+        self, outputs: int, vocab: int = VOCAB, longest: int = PROMPT_LEN + MAX_RESPONSE, dim: int = 64, heads: int = 4, depth: int = 2
+    ):
         super().__init__()
-        self.token, self.position = nn.Embedding(VOCAB, dim), nn.Embedding(PROMPT_LEN + MAX_RESPONSE, dim)
+        self.token, self.position = nn.Embedding(vocab, dim), nn.Embedding(longest, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         last = nn.Linear(dim, outputs)
         nn.init.normal_(last.weight, std=0.01)  # start with a uniform policy and values near 0

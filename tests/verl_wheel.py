@@ -1,4 +1,4 @@
-"""The real verl, from its wheel (wheel_source.py): its folder, and its functions.
+"""The real verl, from its wheel (wheel_source.py): its folder, its functions, and the batches that its loss takes.
 
 verl itself is not importable where its dependencies (ray, transformers, ...) are missing, so nothing here imports it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import wheel_source
@@ -19,6 +20,20 @@ CACHE_VARIABLE = "FUSED_CRITIC_CACHE"  # the folder that keeps the wheel and its
 
 CORE_ALGOS = "verl/trainer/ppo/core_algos.py"
 TORCH_FUNCTIONAL = "verl/utils/torch_functional.py"
+
+
+class Batch(dict[str, Any]):
+    """What verl's loss uses of a TensorDict."""
+
+    def select(self, *keys: str) -> Batch:
+        return Batch({key: self[key] for key in keys})
+
+    def to_padded_tensor(self) -> Batch:
+        return Batch({key: x.to_padded_tensor(0.0) if x.is_nested else x for key, x in self.items()})
+
+
+def jagged(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def cache_dir() -> Path:

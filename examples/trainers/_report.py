@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 OUT = Path(__file__).parents[1] / "out"
+FIRST_STEPS = 5
 
 
 @dataclass
@@ -70,6 +71,24 @@ def compare(title: str, ours: Run, theirs: Run, *, trainer: str, quantity: str, 
     console.print(table)
     console.print(f"plot: {path}", soft_wrap=True, highlight=False)
     return difference
+
+
+def same_returns(ours: Run, theirs: Run, our_losses: Sequence[float], their_losses: Sequence[float]) -> bool:
+    """Prints for how many steps the curves, which are of returns, are equal, and how far apart the critic's losses of those steps are. True
+    if the first FIRST_STEPS steps are among them.
+
+    Advantages that differ in a last bit need many updates until an action is another one; from then on the two runs are two samples of one
+    training, as two seeds are.
+    """
+    steps = len(ours.curve)
+    same = next((i for i, (a, b) in enumerate(zip(ours.curve, theirs.curve)) if a != b), steps)
+    losses = [abs(a - b) for a, b in zip(our_losses, their_losses)]
+    print(f"the returns are the same for the first {same} of {steps} steps")
+    print(f"largest gap of the critic's losses in those: {max(losses[:same], default=0):.3g}")
+    if same < min(FIRST_STEPS, steps):
+        print("NOT THE SAME")
+        return False
+    return True
 
 
 def _unit(seconds: float) -> tuple[float, str]:

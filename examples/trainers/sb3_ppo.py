@@ -1,8 +1,7 @@
 """PPO on CartPole-v1 by Stable-Baselines3: with its own rollout buffer, and with fused_critic installed.
 
-Same seed, one thread. Prints the returns and the times of both, and exits with status 1 unless the first FIRST_STEPS steps have the same
-returns. (Advantages that differ in a last bit need many updates until an action is another one; from then on the two runs are two samples
-of one training, as two seeds are.)
+Same seed, one thread. Prints the returns and the times of both, and exits with status 1 unless the first steps have the same returns
+(_report.same_returns).
 
     python examples/trainers/sb3_ppo.py [--steps N] [--seed N] [--quick] [--plot PATH]
 """
@@ -21,7 +20,6 @@ from fused_critic.integrations import sb3 as fused_sb3
 from stable_baselines3 import PPO
 
 ENVS, HORIZON = 8, 256
-FIRST_STEPS = 5
 
 
 @dataclass
@@ -102,15 +100,7 @@ def main() -> int:
     )
     medians = [statistics.median(training.train_seconds) for training in (theirs, ours)]
     print("train(), of each step: {:.0f} ms with SB3's own, {:.0f} ms with fused_critic".format(*(1e3 * x for x in medians)))
-    losses = [abs(a - b) for a, b in zip(ours.value_losses, theirs.value_losses)]
-    returns = [abs(a - b) for a, b in zip(ours.returns, theirs.returns)]
-    same = next((i for i, gap in enumerate(returns) if gap), len(returns))
-    print(f"the returns are the same for the first {same} of {len(returns)} steps")
-    print(f"largest gap of the value losses in those: {max(losses[:same], default=0):.3g}")
-    if same < min(FIRST_STEPS, len(returns)):
-        print("NOT THE SAME")
-        return 1
-    return 0
+    return 0 if _report.same_returns(ours.run(), theirs.run(), ours.value_losses, theirs.value_losses) else 1
 
 
 if __name__ == "__main__":

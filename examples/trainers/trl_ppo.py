@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from fused_critic.integrations import trl as fused_trl
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ sys.path += [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
 import trl_wheel  # noqa: E402
 import wheel_source  # noqa: E402
 from _report import Run, arguments, compare  # noqa: E402
-from ppo_lm import Block  # noqa: E402
+from ppo_lm import Transformer  # noqa: E402
 
 PAD, EOS, X, SEP = range(4)
 LEAST, MOST = 2, 8  # x to write; the number n is the token SEP + n
@@ -84,32 +84,6 @@ class FusedCritic:
         return fused_trl.value_loss(vpred, mb_values, mb_return, padding_mask_p1, cliprange_value)
 
 
-# ---- models ------------------------------------------------------------------------------------------------------------------------
-
-
-class Transformer(nn.Module):
-    """Causal: the policy with one output per token of the vocabulary, the value model with a single one."""
-
-    def __init__(self, outputs: int, size: Size):
-        super().__init__()
-        self.token, self.position = nn.Embedding(VOCAB, size.dim), nn.Embedding(CONTEXT + size.length, size.dim)
-        self.blocks = nn.ModuleList(Block(size.dim, heads=2) for _ in range(2))
-        last = nn.Linear(size.dim, outputs)
-        nn.init.normal_(last.weight, std=0.01)
-        self.head = nn.Sequential(nn.LayerNorm(size.dim), last)
-
-    def forward(self, tokens: Tensor, cache: list[Tensor | None] | None = None) -> Tensor:
-        """[B, L] -> [B, L, outputs]. With a cache, tokens continue those that filled it."""
-        cache = [None] * len(self.blocks) if cache is None else cache
-        past = cache[0]
-        start = 0 if past is None else past.shape[3]
-        x: Tensor = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
-        for i, block in enumerate(self.blocks):
-            x, cache[i] = block(x, cache[i])
-        result: Tensor = self.head(x)
-        return result
-
-
 # ---- PPO as TRL has it -------------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +101,8 @@ class Trainer:
         torch.manual_seed(seed)
         self.critic, self.size = critic, size
         self.generator = torch.Generator().manual_seed(seed)
-        self.policy, self.reference, self.value_model = (Transformer(outputs, size) for outputs in (VOCAB, VOCAB, 1))
+        shape = dict(vocab=VOCAB, longest=CONTEXT + size.length, dim=size.dim, heads=2)
+        self.policy, self.reference, self.value_model = (Transformer(outputs, **shape) for outputs in (VOCAB, VOCAB, 1))
         self.reference.load_state_dict(self.policy.state_dict())
         self.optimizer = torch.optim.Adam([*self.policy.parameters(), *self.value_model.parameters()], lr=LEARNING_RATE)
         self.scores: list[float] = []

@@ -1,10 +1,10 @@
-"""The critic's update of verl (0.9.1), run twice from the same seed: with verl's own functions, and with fused_critic installed into verl.
+"""The critic's update of verl, run twice from the same seed: with verl's own functions, and with fused_critic installed into verl.
 
 A small transformer learns the value of tokens that somebody else writes: each response token that equals the prompt's last one is
 rewarded, how likely that is depends on the prompt, and stretches in between are a tool's and masked. Advantages and returns are made
 as verl's driver does, padded; the batch then goes to a worker as verl's does, jagged (torch.nested), and is updated on in epochs of
 micro-batches by ``verl.workers.utils.losses.value_loss``, normalised over the whole batch. Those functions are verl's real ones: of the
-installed verl, or, where there is none, of its wheel (which pip downloads at the first time), with empty stand-ins for the packages
+installed verl, or, where there is none, of the wheel of 0.9.1 (which pip downloads at the first time), with empty stand-ins for the packages
 that verl imports and the loss never uses. What is not verl's is the loop around them, since its engine wants GPUs. The two runs take
 their steps in turn, so that what else happens on the machine slows both of them.
 
@@ -33,6 +33,7 @@ import verl_session  # noqa: E402
 import verl_wheel  # noqa: E402
 from _report import Run, arguments, compare  # noqa: E402
 from ppo_lm import Block  # noqa: E402
+from verl_wheel import Batch, jagged  # noqa: E402
 
 VOCAB = 16
 PROMPTS = (3, 8)  # the least and the largest number of tokens
@@ -61,20 +62,6 @@ def verl_modules() -> tuple[ModuleType, ModuleType]:
     import verl.workers.utils.losses as losses
 
     return core_algos, losses
-
-
-class Batch(dict[str, Any]):
-    """What verl's loss uses of a TensorDict."""
-
-    def select(self, *keys: str) -> Batch:
-        return Batch({key: self[key] for key in keys})
-
-    def to_padded_tensor(self) -> Batch:
-        return Batch({key: x.to_padded_tensor(0.0) if x.is_nested else x for key, x in self.items()})
-
-
-def jagged(rows: list[Tensor]) -> Tensor:
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 class Critic(nn.Module):
@@ -217,7 +204,7 @@ def main() -> None:
         for trainer in both:
             trainer.step()
         progress.set_postfix_str(" and ".join(f"{trainer.run.curve[-1]:.5f}" for trainer in both))
-    title = f"The critic's update of verl {verl_wheel.VERSION}: {size.sequences} responses of up to {size.length} tokens"
+    title = f"The critic's update of verl {sys.modules['verl'].__version__}: {size.sequences} responses of up to {size.length} tokens"
     compare(title, ours.run, theirs.run, trainer="verl", quantity="value loss", path=args.plot)
     pairs = zip(ours.critic.parameters(), theirs.critic.parameters())
     print(f"largest difference of the two critics' weights: {max((a - b).abs().max().item() for a, b in pairs):.3g}")

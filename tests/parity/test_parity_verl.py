@@ -14,20 +14,11 @@ import torch
 import verl_wheel
 import wheel_source
 from fused_critic.integrations import verl as fused_verl
+from verl_wheel import Batch, jagged
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 GAMMA, LAM, CLIP = 0.97, 0.9, 0.3
 GENERATOR = torch.Generator()
-
-
-class Batch(dict):
-    """What verl's loss uses of a TensorDict."""
-
-    def select(self, *keys):
-        return Batch({key: self[key] for key in keys})
-
-    def to_padded_tensor(self):
-        return Batch({key: x.to_padded_tensor(0.0) if x.is_nested else x for key, x in self.items()})
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +62,6 @@ def verl(core_algos, worker, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     yield SimpleNamespace(**vars(core_algos), **vars(worker))
     fused_verl.uninstall()
-
-
-def jagged(rows):
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def make(layout="jagged", rows=6, longest=40, value_dtype=torch.float32, dtype=torch.float32, seed=0, scale=1.0):
