@@ -7,8 +7,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 LATENCY, BANDWIDTH = 25e-6, 25e9  # of a step of a collective in seconds; per rank in bytes per second
 ROWS, LENGTH = 512, 32768  # sequences of a call, and tokens of each over all ranks
 RANKS = (2, 8, 64, 1024)
-COUNTS = 2 * 8  # bytes of the value loss's global counts
-# float64 numbers that each rank gives to an all-gather
+# float64 numbers that each rank gives to an all-reduce, and to an all-gather
+COUNTS = {"value loss": 1, "global counts": 2}
 CALLS = {
     "statistics": 14,
     "whitening": 3,
@@ -33,9 +33,8 @@ def cell(received: float, ranks: int, passes: int = 1) -> str:
 
 
 def table() -> str:
-    rows = {
-        "loss counts": [cell(2 * COUNTS * (ranks - 1) / ranks, ranks, passes=2) for ranks in RANKS]
-    }  # an all-reduce: reduce, then gather
+    # An all-reduce: reduce, then gather.
+    rows = {name: [cell(2 * 8 * numbers * (ranks - 1) / ranks, ranks, passes=2) for ranks in RANKS] for name, numbers in COUNTS.items()}
     rows |= {name: [cell(8 * numbers * (ranks - 1), ranks) for ranks in RANKS] for name, numbers in CALLS.items()}
     rows["*all tokens instead*"] = [cell(TOKENS * (ranks - 1) / ranks, ranks) for ranks in RANKS]
     lines = ["| call | " + " | ".join(f"{ranks} ranks" for ranks in RANKS) + " |", "|---" * (1 + len(RANKS)) + "|"]
