@@ -9,14 +9,17 @@ import fused_critic
 import pytest
 
 PROGRAM = """
-import resource, torch, fused_critic
+import resource, statistics, torch, fused_critic
 torch.set_num_threads(1)
 x = torch.ones(64, {length})
 call = {call}
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5): call()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10): call()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+counts = [faults()]
+for _ in range(11):
+    call()
+    counts.append(faults())
+print(statistics.median(after - before for before, after in zip(counts, counts[1:])))
 """
 CALLS = {
     "gae": "lambda: torch.ops.fused_critic.gae(x, x, gamma=0.9, lam=0.9)",
@@ -34,4 +37,4 @@ def test_repeated_calls_keep_their_pages(operator, length):
     environment = {"PYTHONPATH": package, "PATH": ""}  # no MALLOC_* of the caller's
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     one_output = 64 * length * 4 / 4096  # pages
-    assert float(done.stdout) < 0.1 * one_output
+    assert float(done.stdout) < 0.1 * one_output  # of the median call: one alone may find malloc's heap grown
