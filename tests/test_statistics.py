@@ -131,6 +131,16 @@ def test_a_small_variance_is_none_of_rounding(device, spread, tolerance):
         assert math.isclose(getattr(stats, name), expected[name], rel_tol=tolerance), name
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_explained_variance_of_what_is_not_finite(device, poison):
+    values, _, returns, _ = (x.to(device) for x in batch(3, 8, torch.float32, torch.bool, 1))
+    returns[1, 2] = poison
+    mask = torch.ones_like(returns, dtype=torch.bool)
+    assert fused_critic.value_loss(values, None, returns, mask, clip_range=None).stats.explained_variance.isnan()
+    mask[1, 2] = False
+    assert fused_critic.value_loss(values, None, returns, mask, clip_range=None).stats.explained_variance.isfinite()
+
+
 def test_nothing_is_neutral(device):
     values, old_values, returns, mask = (x.to(device) for x in batch(3, 8, torch.float32, torch.bool, 1))
     stats = fused_critic.value_loss(values, old_values, returns, mask).stats

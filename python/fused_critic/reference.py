@@ -156,7 +156,7 @@ def value_loss(
         "return_var": return_var,
         "error_mean": mean(lambda t: t[8] - t[7]),
         "error_var": error_var,
-        "explained_variance": 1 - error_var / return_var if return_var > 0 else 0.0,
+        "explained_variance": 0.0 if return_var == 0 else 1 - error_var / return_var,
     }
     return SimpleNamespace(loss=loss, grad=grad, stats=stats)
 

@@ -120,9 +120,9 @@ class ValueLossStats:
 
     @property
     def explained_variance(self) -> Tensor:
-        """``1 - Var[returns - values] / Var[returns]``; 0 where the returns do not vary."""
+        """``1 - Var[returns - values] / Var[returns]``; 0 where the returns do not vary, NaN where one is not finite."""
         variance = self._variance(_RETURN)
-        return torch.where(variance > 0, 1 - _ratio(self._variance(_ERROR), variance), 0.0)
+        return torch.where(variance == 0, 0.0, 1 - _ratio(self._variance(_ERROR), variance))  # NaN stays
 
     def _variance(self, first: int) -> Tensor:
         weight = self.moments[..., _WEIGHT]
