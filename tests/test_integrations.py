@@ -46,7 +46,7 @@ def test_skyrl_takes_one_dimension_for_one_row():
 @pytest.mark.parametrize("shapes", [[(4, 2), (2, 4), (4, 2)], [(4, 2), (4, 2), (8,)], [(4,), (4, 1), (4,)]], ids=str)
 def test_sb3_values_of_one_shape(shapes):
     for clip_range_vf in (None, 0.2):
-        with pytest.raises(ValueError, match=r"expected tensors of one shape, got \[4"):
+        with pytest.raises(ValueError, match=r"expected tensors of one shape, got values \[4"):
             sb3.value_loss(*(torch.zeros(shape) for shape in shapes), clip_range_vf)
 
 

@@ -14,7 +14,7 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamm
     `ends[t]`: the episode ended in the step from t. `last_values`: one number per column, of any shape. Computed in float32 (float64 if an
     input is); the advantages have the rewards' dtype, the returns the one that values and rewards promote to, as a trainer's buffers have.
     """
-    same_shape(rewards, values, ends)
+    same_shape(rewards=rewards, values=values, ends=ends)
     advantages, returns = fused_critic.gae(
         columns(rewards),
         columns(values),
@@ -33,16 +33,17 @@ def columns(buffer: Tensor) -> Tensor:
     return buffer.flatten(1) if buffer.ndim > 2 else buffer
 
 
-def per_element(*tensors: Tensor) -> list[Tensor]:
+def per_element(**tensors: Tensor) -> list[Tensor]:
     """[..., 1] tensors of one shape without their last dimension (views), for the loss: rows of a single element would cost it more."""
-    same_shape(*tensors)
-    return [x.squeeze(-1) if x.ndim > 1 and x.shape[-1] == 1 else x for x in tensors]
+    same_shape(**tensors)
+    return [x.squeeze(-1) if x.ndim > 1 and x.shape[-1] == 1 else x for x in tensors.values()]
 
 
-def same_shape(*tensors: Tensor) -> None:
+def same_shape(**tensors: Tensor) -> None:
     """Dropping dimensions must not hide what broadcasting would have made of [B] beside [B, 1]."""
-    if len({x.shape for x in tensors}) > 1:
-        raise ValueError(f"fused_critic: expected tensors of one shape, got {', '.join(str(list(x.shape)) for x in tensors)}")
+    if len({x.shape for x in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"fused_critic.integrations: expected tensors of one shape, got {shapes}")
 
 
 def following(buffer: Tensor, last: Tensor) -> Tensor:

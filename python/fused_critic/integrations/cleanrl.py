@@ -77,14 +77,14 @@ def value_loss(newvalue: Tensor, b_values: Tensor, b_returns: Tensor, clip_coef:
     Raises:
         ValueError: shapes that differ, ``b_values`` or ``b_returns`` that require grad, a negative ``clip_coef``.
     """
-    values, old_values, returns = _rollout.per_element(newvalue, b_values, b_returns)
+    values, old_values, returns = _rollout.per_element(newvalue=newvalue, b_values=b_values, b_returns=b_returns)
     return fused_critic.value_loss(values, old_values, returns, clip_range=clip_coef if clip_vloss else None).loss
 
 
 @torch.no_grad()
 def explained_variance(b_values: Tensor, b_returns: Tensor) -> Tensor:
     """1 - Var[returns - values] / Var[returns] as a 0-d float64 tensor on the inputs' device, NaN where the returns do not vary."""
-    values, returns = _rollout.per_element(b_values, b_returns)
+    values, returns = _rollout.per_element(b_values=b_values, b_returns=b_returns)
     stats = fused_critic.value_loss(values, None, returns, clip_range=None).stats
     return torch.where(stats.return_var == 0, torch.nan, stats.explained_variance)
 

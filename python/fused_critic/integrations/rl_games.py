@@ -75,7 +75,7 @@ def discount_values_masks(
 ) -> Tensor:
     """As :func:`discount_values`; a masked step (``mb_masks`` [T, N] 0) has advantage 0 and hands nothing on, but its value still counts as
     the one after the step before it."""
-    _rollout.same_shape(mb_rewards, mb_extrinsic_values)
+    _rollout.same_shape(mb_rewards=mb_rewards, mb_extrinsic_values=mb_extrinsic_values)
     ends = _per_value("mb_fdones", _rollout.following(mb_fdones, fdones), mb_rewards)
     masks = _per_value("mb_masks", mb_masks, mb_rewards)
     advantages = fused_critic.gae(
@@ -111,7 +111,7 @@ def default_critic_loss(value_preds_batch: Tensor, values: Tensor, curr_e_clip: 
     Raises:
         ValueError: shapes that differ, ``value_preds_batch`` or ``return_batch`` that require grad, a negative ``curr_e_clip``.
     """
-    new, old, returns = _rollout.per_element(values, value_preds_batch, return_batch)
+    new, old, returns = _rollout.per_element(values=values, value_preds_batch=value_preds_batch, return_batch=return_batch)
     loss = fused_critic.value_loss(new, old, returns, clip_range=curr_e_clip if clip_value else None, reduction="none").loss
     return (2 * loss).view(values.shape)
 

@@ -76,7 +76,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_param: 
     Raises:
         ValueError: shapes that differ, ``old_values`` or ``returns`` that require grad, a negative ``clip_param``.
     """
-    values, old_values, returns = _rollout.per_element(values, old_values, returns)
+    values, old_values, returns = _rollout.per_element(values=values, old_values=old_values, returns=returns)
     return 2 * fused_critic.value_loss(values, old_values, returns, clip_range=clip_param if use_clipped_value_loss else None).loss
 
 

@@ -81,7 +81,7 @@ def value_loss(
     The prediction is ``values``, or, with a ``clip_range_vf``, ``values`` clipped to that distance from ``old_values`` and nothing else: what
     left the range has no gradient. All three tensors have one shape (SB3: [batch]), or a ValueError shows theirs.
     """
-    _rollout.same_shape(values, old_values, returns)
+    _rollout.same_shape(values=values, old_values=old_values, returns=returns)
     loss, _ = fused_critic.value_loss(
         values.flatten(), old_values.flatten(), returns.flatten(), clip_range=clip_range_vf, clip_only=clip_range_vf is not None
     )

@@ -97,7 +97,9 @@ def value_loss(
     Raises:
         ValueError: shapes that differ, ``sampled_values`` or ``sampled_returns`` that require grad.
     """
-    values, old_values, returns = _rollout.per_element(predicted_values, sampled_values, sampled_returns)
+    values, old_values, returns = _rollout.per_element(
+        predicted_values=predicted_values, sampled_values=sampled_values, sampled_returns=sampled_returns
+    )
     clip_range = value_clip if value_clip > 0 else None
     return 2 * value_loss_scale * fused_critic.value_loss(values, old_values, returns, clip_range=clip_range, clip_only=True).loss
 
