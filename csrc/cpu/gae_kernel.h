@@ -673,7 +673,7 @@ class GaeLockstep {
   using Blocks = LaneBlocks<GaeLockstep>;
 
   explicit GaeLockstep(const GaeParams& p)
-      : p_(p), discounts_(p_), flagged_(p.mask.data != nullptr || p.terminated.data != nullptr || p.truncated.data != nullptr),
+      : p_(p), discounts_(p), flagged_(p.mask.data != nullptr || p.terminated.data != nullptr || p.truncated.data != nullptr),
         trims_(p.mask.data != nullptr && p.mask.dtype == DType::kInt8 && p.mask.time_stride == 1 && direct(p.advantages) && direct(p.returns)) {}
 
   const Operand& number(int k) const { return k == 0 ? p_.rewards : k == 1 ? p_.values : p_.next_values; }

@@ -221,11 +221,6 @@ FUSED_CRITIC_INLINE T highest(const Vec<T>& v) {
   return std::max(std::max(std::max(x[0], x[1]), std::max(x[2], x[3])), std::max(std::max(x[4], x[5]), std::max(x[6], x[7])));
 }
 
-template <typename T>
-FUSED_CRITIC_INLINE Vec<T> broadcast_first(const Vec<T>& v) {
-  return Vec<T>::all(first_lane(v));
-}
-
 // Lanes 0 4 1 5 2 6 3 7, and back.
 template <typename T>
 FUSED_CRITIC_INLINE Vec<T> interleave_halves(const Vec<T>& v) {

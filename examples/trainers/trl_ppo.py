@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
+# Files of this repository, no packages: Python finds them from here on, which is why these imports are not at the top (E402).
 import trl_wheel  # noqa: E402
 import wheel_source  # noqa: E402
 from _report import Run, arguments, compare  # noqa: E402

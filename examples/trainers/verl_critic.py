@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
+# Files of this repository, no packages: Python finds them from here on, which is why these imports are not at the top (E402).
 import verl_session  # noqa: E402
 import verl_wheel  # noqa: E402
 from _report import Run, arguments, compare  # noqa: E402
