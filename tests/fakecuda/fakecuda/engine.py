@@ -424,8 +424,11 @@ def write_record():
     """Leave the record where `fakecuda run` finds it, or print the issues where there is no such run."""
     folder = os.environ.get("FAKECUDA_REPORT_DIR")
     if folder:
-        with open(os.path.join(folder, f"{os.getpid()}.json"), "w") as f:
+        # In one step: a test worker that is killed while it writes a second time leaves what it wrote the first time.
+        path = os.path.join(folder, f"{os.getpid()}.json")
+        with open(path + ".part", "w") as f:
             json.dump(record(), f)
+        os.replace(path + ".part", path)
     elif ISSUES:
         print("fakecuda:", *[f"{i['kind']}: {i['text']}" for i in ISSUES], sep="\n  ", file=sys.stderr)
 
