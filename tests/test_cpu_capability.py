@@ -31,6 +31,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for tensor in (other.detach(), more.moments, leaf.grad):
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         out = fused_critic.gae(x[2], x[0], mask, gamma=0.99, lam=0.95, time_dim=time_dim)
+        out += fused_critic.gae(x[2], x[0], gamma=0.99, lam=0.95, time_dim=time_dim)
         ends, padding = scrambled[3] % 61 == 0, torch.arange(1237) < 1000 + 50 * torch.arange(5)[:, None]
         out += fused_critic.gae(x[2], x[0], mask, terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)
         out += fused_critic.gae(x[2], x[0], padding, next_values=x[1], terminated=ends, gamma=0.99, lam=0.95, time_dim=time_dim)

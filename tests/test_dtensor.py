@@ -380,7 +380,8 @@ def replicated_beside_sharded(world):
     same(advantages, expected.detach())
     expected.square().sum().backward()
     advantages.square().sum().backward()
-    same(rewards.grad, whole.grad)
+    # Nine rows are walked side by side, a rank's fewer ones are scanned; the gradient sums terms of up to 15, whose roundings are 1e-6.
+    same(rewards.grad, whole.grad, rtol=1e-6, atol=4e-6)
 
 
 def small_shapes(world):

@@ -337,6 +337,19 @@ def test_a_token_has_no_influence_on_later_ones(device, masked, poison):
         assert not b.cpu().diagonal()[mask[0]].isfinite().any()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("sequences", [7, 8, 9, 15, 1024, 1029, 2051])
+def test_columns_without_flags_round_as_columns_with_them(steps, sequences):
+    """On the CPU the former read what they carry from the outputs of the step before, the latter keep it in arrays."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn((2, steps, sequences), generator=generator)
+    numbers = {"gamma": 0.99, "lam": 0.95, "time_dim": 0, "bootstrap_values": torch.randn(sequences, generator=generator)}
+    plain = fused_critic.gae(rewards, values, **numbers)
+    flagged = fused_critic.gae(rewards, values, torch.ones((steps, sequences), dtype=torch.bool), **numbers)
+    for name, got, expected in zip(plain._fields, plain, flagged):
+        assert torch.equal(got, expected), name
+
+
 @pytest.mark.parametrize("pattern", ["turns", "rare gaps", "random"])
 def test_masked_positions_are_as_if_left_out(device, pattern):
     generator = torch.Generator().manual_seed(14)

@@ -78,11 +78,11 @@ struct LanePowers {
 
 template <typename T>
 struct GaeCoefficients {
-  Vec<T> gamma, rest, gamma_lam;  // rest: gamma (1 - lam)
-  LanePowers<T> token, segment;   // of gamma lam: a lane is a token, or a segment of kSegment tokens
+  Vec<T> rest, gamma_lam;        // rest: gamma (1 - lam)
+  LanePowers<T> token, segment;  // of gamma lam: a lane is a token, or a segment of kSegment tokens
 
   explicit GaeCoefficients(const GaePowers<T>& powers)
-      : gamma(Vec<T>::all(powers.gamma)), rest(Vec<T>::all(powers.rest)), gamma_lam(Vec<T>::all(powers.token[kPowers - 1])), token(powers.token), segment(powers.segment) {}
+      : rest(Vec<T>::all(powers.rest)), gamma_lam(Vec<T>::all(powers.token[kPowers - 1])), token(powers.token), segment(powers.segment) {}
 };
 
 // The carry, and the composed map a x + b of the range so far (aggregating modes). Numbers, not lanes: they stay in registers from call to call.
@@ -103,8 +103,9 @@ FUSED_CRITIC_INLINE void pass(GaeCarry<T>& state, T a, const Vec<T>& b) {
 }
 
 // The carry gamma (V + lam A) is as large as the values are, the advantages only as large as the errors. Rounding it at every step would
-// cost them digits where values are far from zero. So within a tile values count from the mean of its last few valid ones: with
-// u = V - centre and the carry gamma (u + lam A), a step is A = (r - (1 - gamma) centre - u) + carry, and nothing in it is large.
+// cost them digits where values are far from zero. So within a tile values and the lambda return G = A + V count from a centre near its
+// last valid value: with u = V - centre and the carry gamma lam G + gamma (1 - lam) u, a step is G = (r - (1 - gamma) centre) + carry and A = G - u.
+// Nothing in it is large, and no difference of neighbouring values is rounded.
 template <typename T>
 struct GaeCentre {
   T centre, drift, carry, rest;  // (1 - gamma) centre, gamma centre, gamma (1 - lam) centre
@@ -114,28 +115,33 @@ struct GaeCentre {
   static GaeCentre of(const GaeTile<T>& t, const GaePowers<T>& powers) {
     if constexpr (kNextValues) return {};
     const int64_t last = last_valid(t);
-    T sum = T(0), count = T(0);
-    for (int64_t i = std::max<int64_t>(0, last - kLanes + 1); i <= last; ++i) {
-      if (t.valid != nullptr && t.valid[i] == 0) continue;
-      sum += t.value[i];
-      count += T(1);
+    T centre = last >= 0 ? t.value[last] : T(0);
+    if (last >= 3) {  // the mean of four is nearer to the others; where a mask cuts them, it is not worth a search
+      const T* v = t.value + last - 3;
+      const uint8_t* valid = t.valid + (t.valid != nullptr ? last - 3 : 0);
+      if (t.valid == nullptr || (valid[0] != 0 && valid[1] != 0 && valid[2] != 0)) centre = T(0.25) * ((v[0] + v[1]) + (v[2] + v[3]));
     }
-    const T centre = sum - sum == T(0) && last >= 0 ? sum / count : T(0);  // 0 where a value is inf or NaN
+    if (centre - centre != T(0)) centre = T(0);  // inf or NaN
     return {centre, powers.drift * centre, powers.gamma * centre, powers.rest * centre};
   }
 };
 
-template <typename T>
+// With next_values the carry is gamma lam A, and a step A = (r - V) + carry.
+template <bool kNextValues, typename T>
 struct GaeLanes {
   Vec<T> base, centred, value;  // base: what a step adds to its carry; centred: u
+
+  FUSED_CRITIC_INLINE Vec<T> advantages(const Vec<T>& stepped) const {
+    if constexpr (kNextValues) return stepped;
+    return stepped - centred;
+  }
 };
 
 template <bool kNextValues, typename T>
-FUSED_CRITIC_INLINE GaeLanes<T> load_lanes(const T* reward, const T* value, const GaeCentre<T>& c) {
+FUSED_CRITIC_INLINE GaeLanes<kNextValues, T> load_lanes(const T* reward, const T* value, const GaeCentre<T>& c) {
   const Vec<T> r = Vec<T>::load(reward), v = Vec<T>::load(value);
   if constexpr (kNextValues) return {r - v, v, v};
-  const Vec<T> centred = v - Vec<T>::all(c.centre);
-  return {(r - Vec<T>::all(c.drift)) - centred, centred, v};
+  return {r - Vec<T>::all(c.drift), v - Vec<T>::all(c.centre), v};
 }
 
 template <typename T>
@@ -150,9 +156,9 @@ struct GaeOutputs {
 
 // The constant parts of the steps' maps.
 template <bool kNextValues, typename T>
-FUSED_CRITIC_INLINE Vec<T> constant_parts(const GaeLanes<T>& in, const GaeCoefficients<T>& c) {
+FUSED_CRITIC_INLINE Vec<T> constant_parts(const GaeLanes<kNextValues, T>& in, const GaeCoefficients<T>& c) {
   if constexpr (kNextValues) return c.gamma_lam * in.base;
-  return c.gamma_lam * in.base + c.gamma * in.centred;
+  return c.gamma_lam * in.base + c.rest * in.centred;
 }
 
 // Maps of one slope: lane i becomes the constant part of lanes i to 7 composed. What a lane holds has no influence on those to its right.
@@ -172,8 +178,8 @@ FUSED_CRITIC_INLINE Vec<T> entering_alike(const Vec<T>& constants, const LanePow
 }
 
 template <bool kNextValues, ScanMode kMode, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> dense_group(const GaeLanes<T>& in, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
-  const Vec<T> advantages = in.base + entering_alike<kMode>(constant_parts<kNextValues>(in, c), c.token, state);
+FUSED_CRITIC_INLINE GaeOutputs<T> dense_group(const GaeLanes<kNextValues, T>& in, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+  const Vec<T> advantages = in.advantages(in.base + entering_alike<kMode>(constant_parts(in, c), c.token, state));
   return {advantages, advantages + in.value};
 }
 
@@ -192,10 +198,9 @@ struct BlockScratch {
   Vec<T> segment;  // the constant parts of the maps of the segments, in order; later what enters them, in transposed order
 };
 
-// `blocks` blocks, all valid and without ends. With the lambda return G = A + V a step is G_t = (r_t + gamma (1 - lam) V_{t+1}) + gamma lam G_{t+1},
-// which has fewer operations and roundings than one with the error r + gamma V_{t+1} - V_t in it; G counts from the centre. (With next_values it
-// is A_t = (r_t - V_t) + gamma lam A_{t+1}.) In three passes, because a pass of its own has short chains of operations and overlaps with itself.
-// What enters the last token is in the carry; V counts as the centre there.
+// `blocks` blocks, all valid and without ends. What V adds to the carry is counted with the next step, G_t = (r_t + gamma (1 - lam) V_{t+1}) + gamma lam G_{t+1},
+// which has fewer operations. In three passes, because a pass of its own has short chains of operations and overlaps with itself. What enters the last
+// token is in the carry; V counts as the centre there.
 template <bool kNextValues, ScanMode kMode, typename T>
 inline GaeCarry<T> dense_blocks(const T* reward, const T* value, T* advantages, T* returns, int64_t blocks, const GaeCoefficients<T>& c, const GaeCentre<T>& of_tile,
                                 GaeCarry<T> state, BlockScratch<T>* scratch) {
@@ -254,14 +259,14 @@ inline GaeCarry<T> dense_blocks(const T* reward, const T* value, T* advantages, 
 
 // Some lanes are not valid, none is an end.
 template <bool kNextValues, ScanMode kMode, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> gappy_group(const GaeLanes<T>& in, uint32_t valid, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+FUSED_CRITIC_INLINE GaeOutputs<T> gappy_group(const GaeLanes<kNextValues, T>& in, uint32_t valid, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
   const LaneMoves& moves = kLaneMoves.of[valid];
   const Mask<T> lanes = lanes_of<T>(valid);
   const Vec<T> zero = Vec<T>::all(T(0)), carry = Vec<T>::all(state.carry);
-  const Vec<T> b = scan_alike(permute(select(lanes, constant_parts<kNextValues>(in, c), zero), moves.together), c.token);
+  const Vec<T> b = scan_alike(permute(select(lanes, constant_parts(in, c), zero), moves.together), c.token);
   const T* powers = c.token.entering(moves.count);
   pass<kMode>(state, *powers, b);
-  const Vec<T> advantages = in.base + permute(Vec<T>::load(powers) * carry + b, moves.after);
+  const Vec<T> advantages = in.advantages(in.base + permute(Vec<T>::load(powers) * carry + b, moves.after));
   return {select(lanes, advantages, zero), select(lanes, advantages + in.value, zero)};
 }
 
@@ -277,20 +282,21 @@ FUSED_CRITIC_INLINE AffineLanes<T> scan_round(const AffineLanes<T>& m, const Aff
   return {m.a * a, m.a * b + m.b};
 }
 
-// At an end A is r - V.
+// At an end A is r - V, and G counts r from the centre.
 template <bool kNextValues, ScanMode kMode, typename T>
-FUSED_CRITIC_INLINE GaeOutputs<T> ending_group(GaeLanes<T> in, const T* reward, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, GaeCarry<T>& state) {
+FUSED_CRITIC_INLINE GaeOutputs<T> ending_group(GaeLanes<kNextValues, T> in, const T* reward, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, const T& centre,
+                                               GaeCarry<T>& state) {
   const Vec<T> zero = Vec<T>::all(T(0)), one = Vec<T>::all(T(1)), carry = Vec<T>::all(state.carry);
   const Mask<T> lanes = lanes_of<T>(valid), ending = lanes_of<T>(ends);
   const Vec<T> keep = select(ending, zero, one);
-  in.base = select(ending, Vec<T>::load(reward) - in.value, in.base);
+  if constexpr (!kNextValues) in.base = select(ending, Vec<T>::load(reward) - Vec<T>::all(centre), in.base);
   const AffineLanes<T> identity{one, zero};
-  AffineLanes<T> m{select(lanes, c.gamma_lam * keep, one), select(lanes, constant_parts<kNextValues>(in, c), zero)};
+  AffineLanes<T> m{select(lanes, c.gamma_lam * keep, one), select(lanes, constant_parts(in, c), zero)};
   m = scan_round<1>(m, identity);
   m = scan_round<2>(m, identity);
   m = scan_round<4>(m, identity);
   pass<kMode>(state, first_lane(m.a), m.b);
-  const Vec<T> advantages = in.base + keep * shift_down<1>(m.a * carry + m.b, carry);
+  const Vec<T> advantages = in.advantages(in.base + keep * shift_down<1>(m.a * carry + m.b, carry));
   return {select(lanes, advantages, zero), select(lanes, advantages + in.value, zero)};
 }
 
@@ -298,8 +304,8 @@ template <bool kNextValues, ScanMode kMode, typename T>
 FUSED_CRITIC_INLINE GaeOutputs<T> gae_group(const T* reward, const T* value, uint32_t valid, uint32_t ends, const GaeCoefficients<T>& c, const GaeCentre<T>& centre,
                                             GaeCarry<T>& state) {
   if (valid == 0) return {Vec<T>::all(T(0)), Vec<T>::all(T(0))};
-  const GaeLanes<T> in = load_lanes<kNextValues>(reward, value, centre);
-  if (ends != 0) return ending_group<kNextValues, kMode>(in, reward, valid, ends, c, state);
+  const GaeLanes<kNextValues, T> in = load_lanes<kNextValues>(reward, value, centre);
+  if (ends != 0) return ending_group<kNextValues, kMode>(in, reward, valid, ends, c, centre.centre, state);
   if (valid != kAllLanes) return gappy_group<kNextValues, kMode>(in, valid, c, state);
   return dense_group<kNextValues, kMode>(in, c, state);
 }
@@ -398,6 +404,27 @@ inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScrat
 template <typename T>
 T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, const GaePowers<T>& powers, T carry, ScanMode mode, Affine<T>* total) {
   GaeCarry<T> state{carry, T(0), T(1)};
+  const auto in_place = [&](const auto& x, auto type) -> decltype(type) {
+    const bool fits = x.data != nullptr && x.time_stride == 1 && x.dtype == dtype_of<std::remove_cv_t<std::remove_pointer_t<decltype(type)>>>();
+    return fits ? static_cast<decltype(type)>(x.data) + seq * x.seq_stride + seq_origin : nullptr;
+  };
+  // What most calls look like, without the questions of the others for every tile.
+  if (p.terminated.data == nullptr && p.truncated.data == nullptr && p.next_values.data == nullptr) {
+    const T *reward = in_place(p.rewards, (const T*)nullptr), *value = in_place(p.values, (const T*)nullptr);
+    const int8_t* valid = in_place(p.mask, (const int8_t*)nullptr);
+    T *advantages = in_place(p.advantages, (T*)nullptr), *returns = in_place(p.returns, (T*)nullptr);
+    const bool writes = mode != ScanMode::kAggregate;
+    if (reward != nullptr && value != nullptr && (valid != nullptr || p.mask.data == nullptr) && (!writes || (advantages != nullptr && returns != nullptr))) {
+      for (int64_t stop = end; stop > begin; stop -= kTile) {
+        const int64_t start = std::max(begin, stop - kTile);
+        const auto* flags = valid != nullptr ? reinterpret_cast<const uint8_t*>(valid) + start : nullptr;
+        const GaeTile<T> t{stop - start, reward + start, value + start, flags, nullptr, writes ? advantages + start : nullptr, writes ? returns + start : nullptr};
+        state = gae_tile<false>(t, powers, state, mode);
+      }
+      if (mode != ScanMode::kEmit) *total = {state.a, state.b};
+      return state.carry;
+    }
+  }
   GaeScratch<T> s;
   for (int64_t stop = end; stop > begin; stop -= kTile) {
     const int64_t start = std::max(begin, stop - kTile), n = stop - start;
@@ -629,9 +656,29 @@ inline void gae_step_of_columns(const GaeParams& p, const GaeColumns<T>& columns
   }
 }
 
+// The same where all is valid, without ends, next values or options, in at least eight sequences, and not the step taken first. What is carried lies in
+// the outputs and values of the step before and is read there, mostly from the first-level cache: arrays of carries would double the stores.
+template <typename T>
+inline void gae_step_after(const GaeColumns<T>& columns, T gamma, T gamma_lam) {
+  const GaeColumns<T> t = columns;  // a copy, which no store can change
+  const T *advantages_before = t.advantages - t.next_step.advantages, *values_before = t.value - t.next_step.value;
+  const Vec<T> gammas = Vec<T>::all(gamma), gamma_lams = Vec<T>::all(gamma_lam);
+  const auto step = [&](int64_t at) __attribute__((always_inline)) {
+    GaeLaneCarries<T> carries{Vec<T>::load(advantages_before + at), Vec<T>::load(values_before + at), gammas};
+    gae_plain_step(Vec<T>::load(t.reward + at), Vec<T>::load(t.value + at), gammas, gamma_lams, carries).store(t.advantages + at, t.returns + at);
+  };
+  const int64_t whole = t.n - t.n % kLanes;
+  for (int64_t at = 0; at < whole;) {
+    t.prefetch_next_step(at);
+    for (const int64_t end = t.fetches_ahead ? std::min<int64_t>(at + kBlock, whole) : whole; at < end; at += kLanes) step(at);
+  }
+  if (whole < t.n) step(t.n - kLanes);  // some of its sequences for a second time
+}
+
 template <typename T>
 void gae_columns(const GaeParams& p, int64_t first, int64_t count) {
   const bool next = p.next_values.data != nullptr, options = has_options(p);
+  const bool plain = !next && !options && p.mask.data == nullptr && p.terminated.data == nullptr && p.truncated.data == nullptr && count >= kLanes;
   // Fetching ahead costs a fifth while a shared cache holds the call and saves up to a half where it does not; a page is too short for the
   // hardware to see where a walk goes on.
   constexpr int64_t kBeyondCaches = int64_t(12) << 20;
@@ -652,7 +699,9 @@ void gae_columns(const GaeParams& p, int64_t first, int64_t count) {
                           flags(p.terminated, s.terminated), flags(p.truncated, s.ends), direct_advantages != nullptr ? direct_advantages : s.advantages,
                           direct_returns != nullptr ? direct_returns : s.returns,
                           {-p.rewards.time_stride, -p.values.time_stride, -p.advantages.time_stride, -p.returns.time_stride}, fetches_ahead};
-    if (next) {
+    if (plain && step < p.layout.seq_len - 1 && t.value != s.value && direct_advantages != nullptr && direct_returns != nullptr) {
+      gae_step_after(t, carried.gamma[0], carried.gamma_lam[0]);
+    } else if (next) {
       options ? gae_step_of_columns<true, true>(p, t, carried) : gae_step_of_columns<true, false>(p, t, carried);
     } else {
       options ? gae_step_of_columns<false, true>(p, t, carried) : gae_step_of_columns<false, false>(p, t, carried);
