@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "reading a masked value: GAE",
         "cuda/gae.cu",
-        "a = step ? advantage : a;",
-        "a = advantage;",
+        "g = step ? next : g;",
+        "g = next;",
         GAE,
     ),
     Fault(
@@ -127,8 +127,15 @@ FAULTS = (
     Fault(
         "a wrong hand-over between tiles: a warp's next tile",
         "cuda/scan.cuh",
-        "if (kWarps == 1 && more) x = from_last(leaving[K - 1], group);",
-        "if (kWarps == 1 && more) x = from_last(leaving[0], group);",
+        "x = w.from_zero(from_last(leaving[K - 1], group));",
+        "x = w.from_zero(from_last(leaving[0], group));",
+        GAE,
+    ),
+    Fault(
+        "a wrong hand-over between warps: a map that counts from its warp's origin",
+        "cuda/scan.cuh",
+        "    if constexpr (kIsCentred<Op>) m = counted_from_zero(m, origin);\n",
+        "",
         GAE,
     ),
     Fault(

@@ -5,9 +5,8 @@ import pytest
 import torch
 from fused_critic.check import plain
 
-# On the CPU columns round as the plain formula does, rows less (0.15 to 0.8 of its error). The CUDA scan composes the maps of its threads, whose
-# constant parts are as large as V: where V is far from zero and every token valid that costs up to 1.46 times the plain formula's error.
-SLACK = {"cpu": 1.0, "cuda": 1.5}
+# On the CPU columns round as the plain formula does, rows less (0.15 to 0.8 of its error); on CUDA both do (0.05 to 0.9). The plain formula wins where
+# errors of its own cancel: see docs/design.md.
 
 
 def rms_error(got, exact):
@@ -31,7 +30,7 @@ def draw(shape, offset, device):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all valid", "masked"])
 @pytest.mark.parametrize("time_dim", [-1, 0], ids=["rows", "columns"])
-@pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 0.95), (1.0, 1.0)])
+@pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 0.95), (1.0, 1.0), (0.99, 1.0), (0.995, 0.97), (1.0, 0.97)])
 @pytest.mark.parametrize("offset", [0, 1, 10, 100])
 def test_gae(device, offset, gamma, lam, time_dim, masked):
     batch = draw((256, 512), offset, "cpu")
@@ -47,7 +46,7 @@ def test_gae(device, offset, gamma, lam, time_dim, masked):
     for name, got, plain_result, expected in zip(ours._fields, ours, theirs, exact):
         got = (got if time_dim else got.t()).cpu()
         error, allowed = rms_error(got[valid], expected[valid]), rms_error(plain_result[valid], expected[valid])
-        assert error <= SLACK[device] * allowed, f"{name}: {error:.3g}, the plain formula {allowed:.3g}"
+        assert error <= allowed, f"{name}: {error:.3g}, the plain formula {allowed:.3g}"
 
 
 @pytest.mark.parametrize("offset", [0, 10])
@@ -72,7 +71,7 @@ def test_value_loss(device, shape, offset):
     same = (gradient == 0) == (exact_gradient == 0)
     same &= (plain_gradient == 0) == (exact_gradient == 0)
     assert same.float().mean() > 0.999
-    assert rms_error(gradient[same], exact_gradient[same]) <= SLACK[device] * rms_error(plain_gradient[same], exact_gradient[same])
+    assert rms_error(gradient[same], exact_gradient[same]) <= rms_error(plain_gradient[same], exact_gradient[same])
 
 
 def test_sum_of_ten_million_tokens(device, request):

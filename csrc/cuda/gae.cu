@@ -17,6 +17,7 @@ namespace {
 template <typename T>
 struct Discount {
   GaeFactors<T, Pair<T>> factors;
+  FactorPowers<T> powers, returns_powers;
   bool on_device, has_next_values;
   Number gamma, lam, returns_lam;
 
@@ -24,6 +25,7 @@ struct Discount {
   template <typename Params>
   Discount(const Params& p, bool has_next_values)
       : factors(gae_factors<T, Pair<T>>(p.gamma.value, p.lam.value, p.returns_lam.value)),
+        powers(factor_powers<T>(p.gamma.value * p.lam.value)), returns_powers(factor_powers<T>(p.gamma.value * p.returns_lam.value)),
         on_device(p.gamma.data != nullptr || p.lam.data != nullptr || p.returns_lam.data != nullptr), has_next_values(has_next_values),
         gamma(p.gamma), lam(p.lam), returns_lam(p.returns_lam) {}
 
@@ -35,20 +37,22 @@ struct Discount {
     if constexpr (kPair) {
       return factors;
     } else {
-      return {factors.gamma, factors.gamma_lam.first};
+      return {factors.gamma, factors.drift, factors.rest.first, factors.gamma_lam.first};
     }
   }
-};
 
-// 1, a, a^2, ... as far as a pack reaches.
-template <typename T>
-class Powers {
- public:
-  __device__ __forceinline__ explicit Powers(T a) : square_(a * a), cube_(square_ * a), fourth_(square_ * square_), a_(a) {}
-  __device__ __forceinline__ T operator[](int n) const { return n == 0 ? T(1) : n == 1 ? a_ : n == 2 ? square_ : n == 3 ? cube_ : fourth_; }
-
- private:
-  T square_, cube_, fourth_, a_;
+  // Of gamma times lambda.
+  template <typename C>
+  __device__ __forceinline__ FactorPowers<C> load_powers(int64_t seq) const {
+    const auto powers_of = [&](const FactorPowers<T>& known, const Number& lambda) {
+      return on_device ? factor_powers<T>(load_number(gamma, seq) * load_number(lambda, seq)) : known;
+    };
+    if constexpr (std::is_same_v<C, T>) {
+      return powers_of(powers, lam);
+    } else {
+      return pair_of(powers_of(powers, lam), powers_of(returns_powers, returns_lam));
+    }
+  }
 };
 
 // What changes a step. kAll: any of terminated, truncated and next_values; kModes: those, and what masked tokens are is decided at run time.
@@ -93,6 +97,7 @@ class GaeScan {
   using Carry = C;
   static constexpr bool kReverse = true;
   static constexpr bool kConstantFactor = kConstant;
+  static constexpr bool kCentred = kConstant;
 
   using Params = GaeScanParams<T>;
 
@@ -104,13 +109,14 @@ class GaeScan {
   };
 
   struct Token {
-    C advantage;  // if the x that enters the thread's first valid token were that token's value,
-    C power;      // and how much it grows with x (unset if kConstant)
-    T value;
+    C g;                       // see math/gae.h; if x = origin entered the thread's first token,
+    C power;                   // and how much it grows with x (unset if kConstant)
+    T offset, centre, origin;  // V - centre, and two numbers that are the same for all tokens of a thread
     bool valid;
   };
 
-  __device__ __forceinline__ GaeScan(const Params& p, int64_t seq) : p_(p), f_(p.discount.template load<C>(seq)), powers_(f_.gamma_lam) {}
+  __device__ __forceinline__ GaeScan(const Params& p, int64_t seq)
+      : p_(p), f_(p.discount.template load<C>(seq)), powers_(p.discount.template load_powers<C>(seq)) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -128,37 +134,60 @@ class GaeScan {
     return raw;
   }
 
+  // kCentred: the value of the thread's first token; what maps count from if it is their centre; and the maps.
+  template <typename At>
+  __device__ __forceinline__ T centre(const At& at, const Raw<At>& raw) const {
+    T value[At::kTokens];
+    at.numbers(p_.values, raw.value, value);
+    return value[in_scan_order<kReverse, At::kTokens>(0)];
+  }
+
+  __device__ __forceinline__ C origin(T centre) const { return C(gae_run(f_, centre, true).origin); }
+
+  template <typename At>
+  __device__ __forceinline__ Affine<C> compose(const At& at, const Raw<At>& raw, T centre, Token (&tokens)[At::kTokens]) const {
+    return compose_with<Ends::kNone>(at, raw, centre, tokens);
+  }
+
+  // Not kCentred: each thread has a centre of its own.
   template <typename At>
   __device__ __forceinline__ Affine<C> compose(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+    const T none = T(0);
     if constexpr (!std::is_same_v<C, T>) {
-      return compose_with<Ends::kModes>(at, raw, tokens);
+      return compose_with<Ends::kModes>(at, raw, none, tokens);
     } else {
-      if (kConstant || p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, tokens);
-      if (p_.ends == Ends::kTerminated) return compose_with<Ends::kTerminated>(at, raw, tokens);
-      if (!kHasModes<At> || p_.ends == Ends::kAll) return compose_with<Ends::kAll>(at, raw, tokens);
-      if constexpr (kHasModes<At>) return compose_with<Ends::kModes>(at, raw, tokens);
+      if (p_.ends == Ends::kNone) return compose_with<Ends::kNone>(at, raw, none, tokens);
+      if (p_.ends == Ends::kTerminated) return compose_with<Ends::kTerminated>(at, raw, none, tokens);
+      if (!kHasModes<At> || p_.ends == Ends::kAll) return compose_with<Ends::kAll>(at, raw, none, tokens);
+      if constexpr (kHasModes<At>) return compose_with<Ends::kModes>(at, raw, none, tokens);
     }
   }
 
   template <typename At>
   __device__ __forceinline__ void emit(const At& at, const Token (&tokens)[At::kTokens], C x) const {
+    using std::fma;
     constexpr int N = At::kTokens;
     T advantage[N], ret[N];
-    x = x - C(first_value(tokens));
+    if constexpr (!kConstant) x = x - C(tokens[0].origin);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       const Token& t = tokens[i];
-      if (kConstant && j > 0 && j % kVec == 0) x = x * powers_[kVec];
-      const C a = t.advantage + (kConstant ? powers_[j % kVec] : t.power) * x;
-      advantage[i] = t.valid ? first_of(a) : T(0);
-      ret[i] = t.valid ? second_of(a) + t.value : T(0);
+      C g = t.g;
+      if constexpr (kConstant) {
+        if (j > 0 && j % kVec == 0) x = x * powers_.packs[0];
+        g = fma(powers_.tokens[j % kVec], x, g);
+      } else {
+        g = fma(t.power, x, g);
+      }
+      advantage[i] = t.valid ? first_of(g) - t.offset : T(0);
+      ret[i] = t.valid ? second_of(g) + t.centre : T(0);
     }
     at.write(p_.advantages, advantage);
     at.write(p_.returns, ret);
   }
 
-  __device__ __forceinline__ C factor() const { return f_.gamma_lam; }
+  __device__ __forceinline__ const FactorPowers<C>& powers() const { return powers_; }
 
   __device__ __forceinline__ C initial(int64_t seq) const {
     const Operand& bootstrap = p_.bootstrap;
@@ -169,7 +198,7 @@ class GaeScan {
 
  private:
   template <Ends kEnds, typename At>
-  __device__ __forceinline__ Affine<C> compose_with(const At& at, const Raw<At>& raw, Token (&tokens)[At::kTokens]) const {
+  __device__ __forceinline__ Affine<C> compose_with(const At& at, const Raw<At>& raw, T centre, Token (&tokens)[At::kTokens]) const {
     using std::fma;
     constexpr int N = At::kTokens;
     constexpr bool kModes = kEnds == Ends::kModes;
@@ -178,22 +207,28 @@ class GaeScan {
     at.numbers(p_.values, raw.value, value);
     if constexpr (kEnds >= Ends::kAll) at.numbers(p_.next_values, raw.next_value, next_value);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      tokens[i].value = value[i];
-      tokens[i].valid = kConstant || at.test(raw.valid, i);
+    for (int i = 0; i < N; ++i) tokens[i].valid = kConstant || at.test(raw.valid, i);
+    if constexpr (!kConstant) {
+      // The first valid token's value; selected, as all that follows, and never multiplied: what a skipped token holds may be anything.
+#pragma unroll
+      for (int j = N - 1; j >= 0; --j) {
+        const int i = in_scan_order<kReverse, N>(j);
+        centre = tokens[i].valid ? value[i] : centre;
+      }
     }
     // Combined by & and |: the modes are the same for all threads, but a branch for each token would cost more than the products.
     const bool zero = kModes && p_.mask_mode == MaskMode::kZero, reset = kModes && p_.mask_mode == MaskMode::kReset;
     // The next value is that of the next valid token, if next_values do not say otherwise.
     const bool follows = kEnds < Ends::kAll || !p_.discount.has_next_values;
-    const T first = first_value(tokens);
-    C a = C(0), power = C(1);
-    T gamma_next = first;  // gamma V_next; of the first valid token: its own V
+    const GaeRun<T, C> run = gae_run(f_, centre, follows);
+    C g = C(0), rest_next = C(0);  // rest_next: rest (V_next - c)
+    // The power at this token is before * ahead[0], and before * ahead[n] after n steps more of its pack.
+    C before = C(1), ahead[kVec + 1];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int i = in_scan_order<kReverse, N>(j);
       Token& t = tokens[i];
-      T r = reward[i], v = t.value;
+      T r = reward[i], v = value[i];
       bool step = t.valid, cut = false;
       if constexpr (kModes) {
         r = t.valid ? r : T(0);
@@ -208,47 +243,45 @@ class GaeScan {
           done = done || (step && at.test(raw.truncated, i));
           r += terminated || follows || (kModes && !t.valid) ? T(0) : f_.gamma * next_value[i];
         }
-        gamma_next = done ? T(0) : gamma_next;
-        a = done ? C(0) : a;
-        power = done ? C(0) : power;
+        rest_next = done ? C(-run.origin) : rest_next;
+        g = done ? C(0) : g;
+        before = done ? C(0) : before;
       }
-      t.power = power;
+      if constexpr (!kConstant) {
+        if (j % kVec == 0) {
+          if (j > 0) before = before * ahead[0];
+#pragma unroll
+          for (int n = 0; n <= kVec; ++n) ahead[n] = n < kVec ? powers_.tokens[n] : powers_.packs[0];
+        }
+        t.power = before * ahead[0];
+#pragma unroll
+        for (int n = 0; n < kVec - j % kVec; ++n) ahead[n] = step ? ahead[n + 1] : ahead[n];
+      }
+      t.offset = v - run.centre;
+      t.centre = run.centre;
+      t.origin = run.origin;
+      const C next = fma(f_.gamma_lam, g, C(r - run.drop) + rest_next);
+      const C rest = run.rest * C(t.offset);
       if constexpr (kConstant) {
-        const T drop = j == 0 ? T(0) : std::fma(-f_.gamma, value[in_scan_order<kReverse, N>(j == 0 ? 0 : j - 1)], v);
-        a = fma(f_.gamma_lam, a, C(r - drop));
+        g = next;
+        rest_next = rest;
       } else {
-        // Selected, never multiplied: what a skipped token holds may be anything.
-        const C advantage = fma(f_.gamma_lam, a, C(r - (v - gamma_next)));
-        a = step ? advantage : a;
-        gamma_next = step ? (follows ? f_.gamma * v : T(0)) : gamma_next;
-        power = power * (step ? f_.gamma_lam : C(1));
+        g = step ? next : g;
+        rest_next = step ? rest : rest_next;
       }
-      t.advantage = a;
+      t.g = g;
     }
+    const C leaving = fma(f_.gamma_lam, g, rest_next);
     if constexpr (kConstant) {
-      gamma_next = f_.gamma * value[in_scan_order<kReverse, N>(N - 1)];
-#pragma unroll
-      for (int j = 0; j < N; j += kVec) power = power * powers_[kVec];
+      return {C(1), leaving};  // the factor is known to whoever composes the map
+    } else {
+      return counted_from_zero(Affine<C>{before * ahead[0], leaving}, C(run.origin));
     }
-    return {power, gae_leaving(a, f_.gamma_lam, gamma_next, power, first)};
-  }
-
-  // In scan order; 0 if every token is skipped.
-  template <int N>
-  __device__ __forceinline__ static T first_value(const Token (&tokens)[N]) {
-    if constexpr (kConstant) return tokens[in_scan_order<kReverse, N>(0)].value;
-    T value = T(0);
-#pragma unroll
-    for (int j = N - 1; j >= 0; --j) {
-      const Token& t = tokens[in_scan_order<kReverse, N>(j)];
-      value = t.valid ? t.value : value;
-    }
-    return value;
   }
 
   const Params p_;
   const GaeFactors<T, C> f_;
-  const Powers<C> powers_;  // of gamma lam, used if kConstant
+  const FactorPowers<C> powers_;  // of gamma lam
 };
 
 template <typename T>
@@ -288,7 +321,7 @@ class GaeAdjointScan {
   };
 
   __device__ __forceinline__ GaeAdjointScan(const Params& p, int64_t seq)
-      : p_(p), f_(p.discount.template load<C>(seq)), powers_(f_.gamma_lam) {}
+      : p_(p), f_(p.discount.template load<C>(seq)), powers_(p.discount.template load_powers<C>(seq)) {}
 
   template <typename At>
   __device__ __forceinline__ Raw<At> fetch(const At& at) const {
@@ -325,8 +358,13 @@ class GaeAdjointScan {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Token& t = tokens[i];
-      if (kConstant && i > 0 && i % kVec == 0) entered = entered * powers_[kVec];
-      const C p = t.p + (kConstant ? powers_[i % kVec] : t.power) * entered;
+      C p = t.p;
+      if constexpr (kConstant) {
+        if (i > 0 && i % kVec == 0) entered = entered * powers_.packs[0];
+        p = p + powers_.tokens[i % kVec] * entered;
+      } else {
+        p = p + t.power * entered;
+      }
       const T v = (t.grad_return - total(p)) + gamma_carried * total(q);
       reward[i] = t.valid ? total(p) : T(0);
       value[i] = t.valid ? v : T(0);
@@ -338,7 +376,7 @@ class GaeAdjointScan {
     if (p_.grad_next_values) at.write(p_.grad_next_values, next_value);
   }
 
-  __device__ __forceinline__ C factor() const { return f_.gamma_lam; }
+  __device__ __forceinline__ const FactorPowers<C>& powers() const { return powers_; }
   __device__ __forceinline__ C initial(int64_t) const { return C(0); }
 
   // The carry that leaves is (1 - done) p of the last token; a bootstrap is used without next_values only, where done is terminated.
@@ -385,7 +423,7 @@ class GaeAdjointScan {
 
   const Params p_;
   const GaeFactors<T, C> f_;
-  const Powers<C> powers_;  // of gamma lam, used if kConstant
+  const FactorPowers<C> powers_;  // of gamma lam
 };
 
 template <typename T>

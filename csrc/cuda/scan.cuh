@@ -7,16 +7,21 @@
 //     using Carry;                               // T, the type of x: Scalar if absent, or Pair<Scalar> for two recurrences side by side
 //     struct Params;                             // POD: every kernel's argument
 //     static constexpr bool kReverse;            // true: scanned from the last token of a sequence to its first
-//     static constexpr bool kConstantFactor;     // true: every token has a == factor(), and none is skipped
+//     static constexpr bool kConstantFactor;     // true: every token has the same a, whose powers() are known, and none is skipped
+//     static constexpr bool kCentred;            // false if absent. true: x is large where it varies little, so maps count x from origin(c);
+//                                                // c: the centre() of the first thread of those that scan together
 //     explicit Op(const Params&);                // or Op(const Params&, int64_t seq), where sequences differ in more than their tokens
 //     template <typename At> struct Raw;         // what fetch() loads for the At::kTokens tokens of one thread: At::Numbers and At::Flags
 //     struct Token;                              // what emit() needs of a token
 //     Raw<At> fetch(const At&) const;            // loads only, so that all of a tile are in flight before the first is used
 //     // Decodes the tokens, walks them as if x = 0 entered the first, and returns their map. A token that is skipped or outside of the
 //     // sequence is the identity.
-//     Affine<T> compose(const At&, const Raw<At>&, Token (&)[At::kTokens]) const;
-//     void emit(const At&, const Token (&)[At::kTokens], T x) const;  // x enters the first; At writes live tokens only
-//     T factor() const;                          // kConstantFactor only
+//     Affine<T> compose(const At&, const Raw<At>&, [Scalar centre,] Token (&)[At::kTokens]) const;
+//     // x, or x - origin(centre), enters the first; At writes live tokens only.
+//     void emit(const At&, const Token (&)[At::kTokens], T x) const;
+//     const FactorPowers<T>& powers() const;     // kConstantFactor only
+//     Scalar centre(const At&, const Raw<At>&) const;  // kCentred only
+//     T origin(Scalar centre) const;                   // kCentred only
 //     T initial(int64_t seq) const;              // the x that enters the sequence; 0 if not kReverse
 //     void finish(int64_t seq, T leaving) const; // called once per sequence with the x that leaves it
 //   };
@@ -96,6 +101,38 @@ struct CarryType<Op, std::void_t<typename Op::Carry>> {
 };
 template <typename Op>
 using CarryOf = typename CarryType<Op>::type;
+
+template <typename Op, typename = void>
+constexpr bool kIsCentred = false;
+template <typename Op>
+constexpr bool kIsCentred<Op, std::void_t<decltype(Op::kCentred)>> = Op::kCentred;
+
+// Powers of a factor, each rounded once, as the errors of products of products add up: of up to kVec - 1 tokens, and of 2^d packs.
+template <typename T>
+struct FactorPowers {
+  T tokens[kVec], packs[kWarpSizeLog2 + 1];
+};
+
+template <typename T>
+FUSED_CRITIC_HD FactorPowers<T> factor_powers(double a) {
+  FactorPowers<T> powers;
+  double power = 1;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i, power *= a) powers.tokens[i] = static_cast<T>(power);
+#pragma unroll
+  for (int d = 0; d <= kWarpSizeLog2; ++d, power *= power) powers.packs[d] = static_cast<T>(power);
+  return powers;
+}
+
+template <typename T>
+__device__ __forceinline__ FactorPowers<Pair<T>> pair_of(const FactorPowers<T>& first, const FactorPowers<T>& second) {
+  FactorPowers<Pair<T>> pairs;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) pairs.tokens[i] = {first.tokens[i], second.tokens[i]};
+#pragma unroll
+  for (int d = 0; d <= kWarpSizeLog2; ++d) pairs.packs[d] = {first.packs[d], second.packs[d]};
+  return pairs;
+}
 
 template <typename Op>
 __device__ __forceinline__ Op op_of(const typename Op::Params& params, int64_t seq) {
@@ -509,6 +546,12 @@ __device__ __forceinline__ Pair<T> from_below(Pair<T> v, Pair<T> none, LaneGroup
   return {from_below(v.first, none.first, g), from_below(v.second, none.second, g)};
 }
 
+// The value of the group's first lane.
+template <typename T>
+__device__ __forceinline__ T from_first(T v, LaneGroup g) {
+  return __shfl_sync(kFullWarp, v, 0, g.width);
+}
+
 // The value of the group's last lane.
 __device__ __forceinline__ float from_last(float v, LaneGroup g) {
   float out;
@@ -564,35 +607,29 @@ struct AffineScan {
 // scanned maps are not kept up.
 template <typename T>
 struct PowerScan {
-  static constexpr int kLevels = 5;  // log2(kWarpSize)
   LaneGroup group;
-  T level[kLevels + 1];              // level[d]: factor^tokens of 2^d packs; the last: of a sub-tile
-  T lanes;                           // of the packs of the lanes up to this one
+  const FactorPowers<T>& powers;
+  T lanes;  // of the packs of the lanes up to this one
 
-  __device__ __forceinline__ PowerScan(T factor, LaneGroup g) : group(g) {
-    const T squared = factor * factor;
-    level[0] = squared * squared;
-#pragma unroll
-    for (int d = 1; d <= kLevels; ++d) level[d] = level[d - 1] * level[d - 1];
-    lanes = level[0];
-    multiply_if<1>(lanes, level[0], g.lane);
-    multiply_if<2>(lanes, level[1], g.lane);
-    multiply_if<4>(lanes, level[2], g.lane);
-    multiply_if<8>(lanes, level[3], g.lane);
-    multiply_if<16>(lanes, level[4], g.lane);
+  __device__ __forceinline__ PowerScan(const FactorPowers<T>& p, LaneGroup g) : group(g), powers(p), lanes(p.packs[0]) {
+    multiply_if<1>(lanes, p.packs[0], g.lane);
+    multiply_if<2>(lanes, p.packs[1], g.lane);
+    multiply_if<4>(lanes, p.packs[2], g.lane);
+    multiply_if<8>(lanes, p.packs[3], g.lane);
+    multiply_if<16>(lanes, p.packs[4], g.lane);
   }
 
   template <int K, int kLevel = 0>
   __device__ __forceinline__ void scan(Affine<T> (&m)[K]) const {
-    if constexpr (kLevel < kLevels) {
+    if constexpr (kLevel < kWarpSizeLog2) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) scan_step<(1 << kLevel)>(m[k].b, level[kLevel], group);
+      for (int k = 0; k < K; ++k) scan_step<(1 << kLevel)>(m[k].b, powers.packs[kLevel], group);
       scan<K, kLevel + 1>(m);
     }
   }
-  __device__ __forceinline__ T factor(const Affine<T>&) const { return level[0]; }
+  __device__ __forceinline__ T factor(const Affine<T>&) const { return powers.packs[0]; }
   __device__ __forceinline__ Affine<T> through(const Affine<T>& m) const { return {lanes, m.b}; }
-  __device__ __forceinline__ Affine<T> whole(const Affine<T>& m) const { return {level[kLevels], m.b}; }
+  __device__ __forceinline__ Affine<T> whole(const Affine<T>& m) const { return {powers.packs[kWarpSizeLog2], m.b}; }
 };
 
 // Hands one map per warp to every thread of the block. Ordered by the one barrier in exchange(): a warp reads the maps that were stored
@@ -630,28 +667,41 @@ struct WarpTile {
   using At = RowTokens<typename Op::Scalar, kAccess, kFull>;
   At at[K];
   typename Op::Token tokens[K][kVec];
-  Affine<T> maps[K];
+  Affine<T> maps[K];  // they count x from the origin
+  T origin = T(0);
 
   // Tokens, and the map of each lane's in `maps`.
-  __device__ __forceinline__ void load(const Op& op, const Row& row, int64_t first, int64_t left) {
+  __device__ __forceinline__ void load(const Op& op, const Row& row, int64_t first, int64_t left, LaneGroup group) {
     typename Op::template Raw<At> raw[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       at[k] = At(row, first + (Op::kReverse ? -k : k) * kWarpSize * kVec, kFull || left > k * kWarpSize);
       raw[k] = op.fetch(at[k]);
     }
+    if constexpr (kIsCentred<Op>) {
+      const typename Op::Scalar centre = from_first(op.centre(at[0], raw[0]), group);
+      origin = op.origin(centre);
 #pragma unroll
-    for (int k = 0; k < K; ++k) maps[k] = op.compose(at[k], raw[k], tokens[k]);
+      for (int k = 0; k < K; ++k) maps[k] = op.compose(at[k], raw[k], centre, tokens[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; ++k) maps[k] = op.compose(at[k], raw[k], tokens[k]);
+    }
   }
 
-  // After the scan: the map of all K sub-tiles, in the last lane.
+  // After the scan: the map of all K sub-tiles, in the last lane. It counts x from zero.
   template <typename Scan>
   __device__ __forceinline__ Affine<T> whole(const Scan& scan) const {
     Affine<T> m = scan.whole(maps[0]);
 #pragma unroll
     for (int k = 1; k < K; ++k) m = compose(scan.whole(maps[k]), m);
+    if constexpr (kIsCentred<Op>) m = counted_from_zero(m, origin);
     return m;
   }
+
+  // x between counting from zero and from the origin.
+  __device__ __forceinline__ T from_origin(T x) const { return kIsCentred<Op> ? x - origin : x; }
+  __device__ __forceinline__ T from_zero(T x) const { return kIsCentred<Op> ? x + origin : x; }
 };
 
 template <typename Op>
@@ -660,7 +710,7 @@ using ScanOf = std::conditional_t<Op::kConstantFactor, PowerScan<CarryOf<Op>>, A
 template <typename Op>
 __device__ __forceinline__ ScanOf<Op> scan_of(const Op& op, LaneGroup group) {
   if constexpr (Op::kConstantFactor) {
-    return {op.factor(), group};
+    return {op.powers(), group};
   } else {
     return {CarryOf<Op>(1), group};
   }
@@ -694,9 +744,9 @@ __device__ __forceinline__ CarryOf<Op> scan_tile(const Op& op, const ScanOf<Op>&
   constexpr bool kEarly = kWarps == 1 && K == 1;
   const LaneGroup group = scan.group;
   WarpTile<Op, kAccess, K, kFull> w;
-  w.load(op, row, first, left);
+  w.load(op, row, first, left, group);
   if constexpr (kEarly) {
-    const T leaving = scan.factor(w.maps[0]) * x + w.maps[0].b;
+    const T leaving = scan.factor(w.maps[0]) * w.from_origin(x) + w.maps[0].b;
     if (group.lane == 0) w.maps[0].b = leaving;
   }
   scan.scan(w.maps);
@@ -713,6 +763,7 @@ __device__ __forceinline__ CarryOf<Op> scan_tile(const Op& op, const ScanOf<Op>&
       enter = i < static_cast<int>(threadIdx.x / kWarpSize) ? x : enter;
     }
   }
+  enter = w.from_origin(enter);
   T entering[K], leaving[K];  // of this lane
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -720,11 +771,11 @@ __device__ __forceinline__ CarryOf<Op> scan_tile(const Op& op, const ScanOf<Op>&
     entering[k] = from_below(leaving[k], enter, group);
     if (k < K - 1) enter = from_last(leaving[k], group);
   }
-  if (kWarps == 1 && more) x = from_last(leaving[K - 1], group);
+  if (kWarps == 1 && more) x = w.from_zero(from_last(leaving[K - 1], group));
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (w.at[k].live() != 0) op.emit(w.at[k], w.tokens[k], entering[k]);
-    if (last == k * kWarpSize) op.finish(row.seq, leaving[k]);
+    if (last == k * kWarpSize) op.finish(row.seq, w.from_zero(leaving[k]));
   }
   return x;
 }
@@ -796,7 +847,7 @@ reduce_chunks_kernel(const typename Op::Params params, const RowLayout rows, Aff
   for (int64_t tile = begin; tile < end; tile += kTilePacks<kWarps, K>) {
     // A chunk that another follows consists of whole tiles.
     WarpTile<Op, kAccess, K, kAccess != Access::kGeneral> w;
-    w.load(op, row, at.first, at.left);
+    w.load(op, row, at.first, at.left, group);
     scan.scan(w.maps);
     warps.template exchange<true>(w.whole(scan));
 #pragma unroll
@@ -850,13 +901,10 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
   __shared__ struct {
     T a[ScanGeometry::kColumnWarps][kWarpSize], b[ScanGeometry::kColumnWarps][kWarpSize];
   } shared[2];
-  static_assert((N & (N - 1)) == 0, "powers by repeated squaring, remainders by masks");
+  static_assert(N == 4 || N == 8 || N == 16, "powers of whole packs, remainders by masks");
   T chunk_factor = T(1);
-  if constexpr (Op::kConstantFactor) {
-    chunk_factor = op.factor();
-#pragma unroll
-    for (int n = 1; n < N; n *= 2) chunk_factor *= chunk_factor;
-  }
+  if constexpr (Op::kConstantFactor) chunk_factor = op.powers().packs[N == 4 ? 0 : (N == 8 ? 1 : 2)];
+  const auto with_factor = [&](Affine<T> m) { return Op::kConstantFactor ? Affine<T>{chunk_factor, m.b} : m; };
   const int lane = threadIdx.x, rank = threadIdx.y, warps = blockDim.y;
   // Steps that do not exist come where they change nothing: after the last of a reversed scan, before the first of another, while x is 0.
   const int64_t lead = Op::kReverse ? 0 : -layout.seq_len & (N - 1);
@@ -866,13 +914,21 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
     const int64_t step = tile + rank * N;
     const At at{seq, Op::kReverse ? layout.seq_len - N - step : step - lead, exists ? layout.seq_len : 0};
     typename Op::Token tokens[N];
-    const Affine<T> mine = op.compose(at, op.fetch(at), tokens);
+    const typename Op::template Raw<At> raw = op.fetch(at);
+    Affine<T> mine;
+    T origin = T(0);
+    if constexpr (kIsCentred<Op>) {  // alone in its chunk, so the centre is the thread's own
+      const typename Op::Scalar centre = op.centre(at, raw);
+      origin = op.origin(centre);
+      mine = counted_from_zero(with_factor(op.compose(at, raw, centre, tokens)), origin);
+    } else {
+      mine = op.compose(at, raw, tokens);
+    }
     // Ordered by the barrier: a warp reads the maps that were stored before it. With two buffers in turn, whoever overwrites one is past
     // the barrier of the tile between, which every reader of that buffer reaches only after its reads.
     shared[buffer].b[rank][lane] = mine.b;
     if constexpr (!Op::kConstantFactor) shared[buffer].a[rank][lane] = mine.a;
     __syncthreads();
-    const auto with_factor = [&](Affine<T> m) { return Op::kConstantFactor ? Affine<T>{chunk_factor, m.b} : m; };
     const auto map_of = [&](int i) { return with_factor({shared[buffer].a[i][lane], shared[buffer].b[i][lane]}); };
 #pragma unroll
     for (int i = 0; i < ScanGeometry::kColumnWarps - 1; ++i) {
@@ -884,7 +940,7 @@ scan_columns_kernel(const typename Op::Params params, const Layout layout) {
       for (int i = rank; i < warps; ++i) x = map_of(i)(x);
     }
     buffer ^= 1;
-    op.emit(at, tokens, enter);
+    op.emit(at, tokens, kIsCentred<Op> ? enter - origin : enter);
     if (exists && step < layout.seq_len && step + N >= layout.seq_len) op.finish(seq, with_factor(mine)(enter));
   }
 }
