@@ -404,16 +404,15 @@ inline GaeTile<T> load_gae_tile(const GaeParams& p, int64_t n, T gamma, GaeScrat
 template <typename T>
 T gae_rows(const GaeParams& p, int64_t seq, int64_t seq_origin, int64_t begin, int64_t end, const GaePowers<T>& powers, T carry, ScanMode mode, Affine<T>* total) {
   GaeCarry<T> state{carry, T(0), T(1)};
-  const auto in_place = [&](const auto& x, auto type) -> decltype(type) {
-    const bool fits = x.data != nullptr && x.time_stride == 1 && x.dtype == dtype_of<std::remove_cv_t<std::remove_pointer_t<decltype(type)>>>();
-    return fits ? static_cast<decltype(type)>(x.data) + seq * x.seq_stride + seq_origin : nullptr;
+  const auto in_place = [&](const auto& x, auto zero) {
+    return direct_rect<decltype(zero)>(x, seq * x.seq_stride + seq_origin * x.time_stride, 0, x.time_stride, {1, end});
   };
   // What most calls look like, without the questions of the others for every tile.
   if (p.terminated.data == nullptr && p.truncated.data == nullptr && p.next_values.data == nullptr) {
-    const T *reward = in_place(p.rewards, (const T*)nullptr), *value = in_place(p.values, (const T*)nullptr);
-    const int8_t* valid = in_place(p.mask, (const int8_t*)nullptr);
-    T *advantages = in_place(p.advantages, (T*)nullptr), *returns = in_place(p.returns, (T*)nullptr);
+    const T *reward = in_place(p.rewards, T(0)), *value = in_place(p.values, T(0));
+    const int8_t* valid = p.mask.data != nullptr ? in_place(p.mask, int8_t(0)) : nullptr;
     const bool writes = mode != ScanMode::kAggregate;
+    T *advantages = writes ? in_place(p.advantages, T(0)) : nullptr, *returns = writes ? in_place(p.returns, T(0)) : nullptr;
     if (reward != nullptr && value != nullptr && (valid != nullptr || p.mask.data == nullptr) && (!writes || (advantages != nullptr && returns != nullptr))) {
       for (int64_t stop = end; stop > begin; stop -= kTile) {
         const int64_t start = std::max(begin, stop - kTile);

@@ -123,11 +123,19 @@ struct Rect {
   int64_t size() const { return lines * length; }
 };
 
+inline bool is_one_run(int64_t line_stride, int64_t stride, Rect rect) { return rect.lines == 1 || line_stride == stride * rect.length; }
+
+// Where a kernel may read a rectangle itself, or write it if it is of an output; nullptr if it is no plain array of T.
+template <typename T, typename X>
+inline auto direct_rect(const X& x, int64_t origin, int64_t line_stride, int64_t stride, Rect rect) {
+  using Pointer = std::conditional_t<std::is_same_v<X, Output>, T*, const T*>;
+  return is_one_run(line_stride, stride, rect) && stride == 1 && x.dtype == dtype_of<T>() ? static_cast<Pointer>(x.data) + origin : nullptr;
+}
+
 template <typename T>
 inline const T* load_rect(const Operand& x, int64_t origin, int64_t line_stride, int64_t stride, Rect rect, T* scratch) {
-  const bool one_run = rect.lines == 1 || line_stride == stride * rect.length;
-  if (one_run && stride == 1 && x.dtype == dtype_of<T>()) return static_cast<const T*>(x.data) + origin;
-  if (one_run) {
+  if (const T* direct = direct_rect<T>(x, origin, line_stride, stride, rect); direct != nullptr || x.data == nullptr) return direct;
+  if (is_one_run(line_stride, stride, rect)) {
     convert_run(x, origin, stride, rect.size(), scratch);
   } else {
     for (int64_t l = 0; l < rect.lines; ++l) convert_run(x, origin + l * line_stride, stride, rect.length, scratch + l * rect.length);
@@ -138,13 +146,6 @@ inline const T* load_rect(const Operand& x, int64_t origin, int64_t line_stride,
 template <typename T>
 inline void store_rect(const T* from, const Output& y, int64_t origin, int64_t line_stride, int64_t stride, Rect rect) {
   for (int64_t l = 0; l < rect.lines; ++l) store_run(from + l * rect.length, rect.length, y, origin + l * line_stride, stride);
-}
-
-// Where a kernel may write a rectangle itself, or nullptr.
-template <typename T>
-inline T* direct_rect(const Output& y, int64_t origin, int64_t line_stride, int64_t stride, Rect rect) {
-  const bool one_run = rect.lines == 1 || line_stride == stride * rect.length;
-  return one_run && stride == 1 && y.dtype == dtype_of<T>() ? static_cast<T*>(y.data) + origin : nullptr;
 }
 
 }  // namespace fused_critic::cpu::FUSED_CRITIC_CPU_NAMESPACE
